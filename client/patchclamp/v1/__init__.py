@@ -1,0 +1,1 @@
+"""The `patchclamp.v1` contract: generated messages and stubs. Do not edit: see `protos/generate.py`."""

@@ -1,0 +1,64 @@
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from typing import ClassVar as _ClassVar
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ERROR_REASON_UNSPECIFIED: _ClassVar[ErrorReason]
+    ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
+    ERROR_REASON_MALFORMED_MESSAGE: _ClassVar[ErrorReason]
+    ERROR_REASON_INVALID_FIELD: _ClassVar[ErrorReason]
+    ERROR_REASON_SITE_ABSENT: _ClassVar[ErrorReason]
+    ERROR_REASON_PROMPT_TOO_LONG: _ClassVar[ErrorReason]
+    ERROR_REASON_REQUEST_TOO_LARGE: _ClassVar[ErrorReason]
+    ERROR_REASON_OVERLOADED: _ClassVar[ErrorReason]
+    ERROR_REASON_QUOTA_EXCEEDED: _ClassVar[ErrorReason]
+    ERROR_REASON_DEVICE_OUT_OF_MEMORY: _ClassVar[ErrorReason]
+    ERROR_REASON_NOT_SERVED: _ClassVar[ErrorReason]
+    ERROR_REASON_INTERVENTION_NEVER_FIRED: _ClassVar[ErrorReason]
+    ERROR_REASON_MODEL_NOT_FOUND: _ClassVar[ErrorReason]
+    ERROR_REASON_HANDLE_NOT_FOUND: _ClassVar[ErrorReason]
+    ERROR_REASON_HANDLE_EXPIRED: _ClassVar[ErrorReason]
+    ERROR_REASON_HANDLE_MISMATCH: _ClassVar[ErrorReason]
+    ERROR_REASON_DIRECTION_NOT_FOUND: _ClassVar[ErrorReason]
+    ERROR_REASON_PROFILE_NOT_FOUND: _ClassVar[ErrorReason]
+    ERROR_REASON_NAME_TAKEN: _ClassVar[ErrorReason]
+    ERROR_REASON_ETAG_MISMATCH: _ClassVar[ErrorReason]
+    ERROR_REASON_DEADLINE_EXCEEDED: _ClassVar[ErrorReason]
+    ERROR_REASON_CANCELLED: _ClassVar[ErrorReason]
+    ERROR_REASON_NOT_SERVING: _ClassVar[ErrorReason]
+    ERROR_REASON_UNAUTHENTICATED: _ClassVar[ErrorReason]
+    ERROR_REASON_PERMISSION_DENIED: _ClassVar[ErrorReason]
+    ERROR_REASON_RUN_CYCLE: _ClassVar[ErrorReason]
+    ERROR_REASON_UNSUPPORTED_BY_MODEL: _ClassVar[ErrorReason]
+    ERROR_REASON_ENGINE_FAILED: _ClassVar[ErrorReason]
+ERROR_REASON_UNSPECIFIED: ErrorReason
+ERROR_REASON_INTERNAL: ErrorReason
+ERROR_REASON_MALFORMED_MESSAGE: ErrorReason
+ERROR_REASON_INVALID_FIELD: ErrorReason
+ERROR_REASON_SITE_ABSENT: ErrorReason
+ERROR_REASON_PROMPT_TOO_LONG: ErrorReason
+ERROR_REASON_REQUEST_TOO_LARGE: ErrorReason
+ERROR_REASON_OVERLOADED: ErrorReason
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason
+ERROR_REASON_DEVICE_OUT_OF_MEMORY: ErrorReason
+ERROR_REASON_NOT_SERVED: ErrorReason
+ERROR_REASON_INTERVENTION_NEVER_FIRED: ErrorReason
+ERROR_REASON_MODEL_NOT_FOUND: ErrorReason
+ERROR_REASON_HANDLE_NOT_FOUND: ErrorReason
+ERROR_REASON_HANDLE_EXPIRED: ErrorReason
+ERROR_REASON_HANDLE_MISMATCH: ErrorReason
+ERROR_REASON_DIRECTION_NOT_FOUND: ErrorReason
+ERROR_REASON_PROFILE_NOT_FOUND: ErrorReason
+ERROR_REASON_NAME_TAKEN: ErrorReason
+ERROR_REASON_ETAG_MISMATCH: ErrorReason
+ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason
+ERROR_REASON_CANCELLED: ErrorReason
+ERROR_REASON_NOT_SERVING: ErrorReason
+ERROR_REASON_UNAUTHENTICATED: ErrorReason
+ERROR_REASON_PERMISSION_DENIED: ErrorReason
+ERROR_REASON_RUN_CYCLE: ErrorReason
+ERROR_REASON_UNSUPPORTED_BY_MODEL: ErrorReason
+ERROR_REASON_ENGINE_FAILED: ErrorReason
