@@ -1,0 +1,1 @@
+"""Adapters: where hook points live in unmodified `transformers` models. Locations and facts; nothing runs here."""

@@ -1,0 +1,114 @@
+"""Loading a causal language model with `transformers`: from a local directory or a hub id.
+
+Nothing that a checkpoint brings along is executed (`trust_remote_code` is off). `device_map` goes through accelerate.
+The revision that Describe reports is the hub's commit, or a digest of the local files' names, sizes and headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from patchclamp_server.adapters.tokenizer import Tokenizer
+from patchclamp_server.errors import FailedPrecondition
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model to load, and how.
+
+    `source` is a directory or a hub id. `dtype` is auto (the checkpoint's own), float32, bfloat16 or float16. `device`
+    is auto (CUDA if there, else CPU) or a torch device. `device_map` (such as `auto` or `balanced`) spreads the model
+    over devices and overrides `device`. `offline` forbids any look-up on the hub.
+    """
+
+    source: str
+    name: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    offline: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A loaded model with its tokenizer (None when the checkpoint has none) and revision."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer | None
+    revision: str
+
+
+def load_checkpoint(source: ModelSource, progress: Callable[[str, float], None]) -> Checkpoint:
+    """Loads weights and tokenizer. Raises FailedPrecondition that says what could not be loaded and why.
+
+    `progress` is told each stage in words, with the share done, 0 to 1.
+    """
+    device = resolve_device(source.device)
+    options: dict[str, Any] = {
+        "revision": source.revision or "main",
+        "local_files_only": source.offline,
+        "trust_remote_code": False,
+    }
+    progress(f"reading the configuration of {source.source}", 0.05)
+    try:
+        config = AutoConfig.from_pretrained(source.source, **options)
+        progress("loading weights", 0.1)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.source,
+            config=config,
+            dtype="auto" if source.dtype == "auto" else DTYPES[source.dtype],
+            # SDPA knows no soft caps; the engine's own attention function takes over once the adapter is built.
+            attn_implementation="eager",
+            **({"device_map": source.device_map} if source.device_map else {}),
+            **options,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as fault:
+        raise FailedPrecondition(f"cannot load the model {source.source!r}: {fault}") from fault
+    if not source.device_map:
+        progress(f"moving weights to {device}", 0.6)
+        model = model.to(device)
+    model.eval().requires_grad_(False)
+    progress("loading the tokenizer", 0.65)
+    return Checkpoint(model, _load_tokenizer(source.source, options), _revision(source, model))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; `auto` is CUDA if there, else CPU. Raises FailedPrecondition for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as fault:
+        raise FailedPrecondition(f"the device {name!r} is not available: {fault}") from fault
+    return device
+
+
+def _load_tokenizer(source: str, options: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer beside the weights; a checkpoint without one can still be run on token ids."""
+    try:
+        return Tokenizer(AutoTokenizer.from_pretrained(source, **options))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _revision(source: ModelSource, model: PreTrainedModel) -> str:
+    commit = getattr(model.config, "_commit_hash", None)
+    if commit:
+        return str(commit)
+    digest = hashlib.sha256()
+    for path in sorted(Path(source.source).glob("*")):
+        if path.suffix in (".safetensors", ".json", ".bin"):
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
+    return digest.hexdigest()[:12]

@@ -1,0 +1,77 @@
+"""The model's tokenizer: text, conversations and ids to tokens with their text and character offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of one prompt.
+
+    `pieces` are the tokens as text, spaces kept. `spans` are half-open character ranges in `text`, empty for tokens
+    that have no text in it. `text` is the prompt, the rendered conversation, or the decoded ids.
+    """
+
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+    text: str
+
+
+class Tokenizer:
+    """Wraps a `transformers` tokenizer. Safe to use from several threads at once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> Tokens:
+        """Tokens of a text; `special_tokens` adds the model's own (such as a leading BOS)."""
+        if not self._tokenizer.is_fast:
+            return self.describe(self._tokenizer.encode(text, add_special_tokens=special_tokens))
+        encoding = self._tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
+        ids = tuple(encoding["input_ids"])
+        spans = tuple((start, end) for start, end in encoding["offset_mapping"])
+        return Tokens(ids, tuple(map(self.piece, ids)), spans, text)
+
+    def encode_chat(self, messages: Sequence[tuple[str, str]], *, generation_prompt: bool = True) -> Tokens:
+        """Tokens of a conversation of (role, content) pairs, through the model's chat template.
+
+        Raises ValueError when there is no template or the template refuses the conversation.
+        """
+        if not self.has_chat_template:
+            raise ValueError("this model's tokenizer has no chat template")
+        conversation = [{"role": role, "content": content} for role, content in messages]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except (TemplateError, KeyError, TypeError) as fault:
+            raise ValueError(f"the chat template refuses this conversation: {fault}") from fault
+        return self.encode(str(text), special_tokens=False)
+
+    def describe(self, ids: Sequence[int]) -> Tokens:
+        """The same tokens, with the text that they decode to."""
+        pieces = tuple(map(self.piece, ids))
+        edges = list(accumulate(map(len, pieces), initial=0))
+        return Tokens(tuple(ids), pieces, tuple(pairwise(edges)), "".join(pieces))
+
+    def piece(self, token_id: int) -> str:
+        """One token as text, its leading space kept."""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:
+            return ""
+        if token in self._tokenizer.all_special_tokens:
+            return str(token)
+        return str(self._tokenizer.convert_tokens_to_string([token])) if not token.startswith("▁") else (
+            token.replace("▁", " ")
+        )
