@@ -1,4 +1,4 @@
-"""The adapter: every hook point of one model, as taps on its unmodified modules, and the reason for each that is absent.
+"""The adapter: every hook point of one model, as taps on its unmodified modules, and the reason for each it lacks.
 
 It is built from three things: where the parts are (`layout`), how they work together (`algebra`, solved from one
 recorded forward) and the model's configuration. Nothing here runs the model.
@@ -200,7 +200,8 @@ class _BlockTaps:
             Site.RESID_MID,
             "attention and MLP run in parallel in this block"
             if solved.mid_reader is None
-            else taps.before(self.point(Site.RESID_MID), solved.mid_reader, writable=False),
+            # Before an edit of mlp.in, which is a branch of the stream.
+            else taps.before(self.point(Site.RESID_MID), solved.mid_reader, writable=False, rank=-1),
         )
         yield Site.RESID_POST, taps.after(self.point(Site.RESID_POST), block.module)
         for site, raw_site, write in (
@@ -303,12 +304,17 @@ class _BlockTaps:
                 yield site, "this block is not a mixture of experts"
             return
         logits, weights, neurons = map(self.point, (Site.ROUTER_LOGITS, Site.ROUTER_WEIGHTS, Site.EXPERT_POST))
-        yield Site.ROUTER_LOGITS, taps.router_logits(logits, parts.router)
-        yield Site.ROUTER_WEIGHTS, taps.router_weights(weights, parts.router)
+        call = self.recording.call(parts.router)
+        # Logits, the chosen experts' weights, and which experts those are.
+        known, unknown = call is not None and call.parts == 3, "this router gives out other values than the known ones"
+        yield Site.ROUTER_LOGITS, taps.router_logits(logits, parts.router) if known else unknown
+        yield Site.ROUTER_WEIGHTS, taps.router_weights(weights, parts.router) if known else unknown
         plain = _plain_experts(parts.experts)
         yield (
             Site.EXPERT_POST,
-            taps.expert_neurons(neurons, parts.experts) if plain else "the experts' weights are laid out in another way",
+            taps.expert_neurons(neurons, parts.experts)
+            if plain
+            else "the experts' weights are laid out in another way",
         )
 
     def head_norm_axes(self) -> dict[HookPoint, tuple[tuple[str, int], ...]]:

@@ -1,8 +1,8 @@
 """Solving a block: which modules write to the residual stream, with which factor, and which norm does what.
 
 Method. Let `pre` enter a block and `post` leave it, as recorded in one short forward. In a sequential block some later
-module reads `mid` with `mid - pre = c * out` for the output of an earlier module: that module is the attention write and
-c its multiplier; in the same way `post - mid = c' * out'` is the MLP write. If there is no such `mid`, the block is
+module reads `mid` with `mid - pre = c * out` for the output of an earlier module: that module is the attention write
+and c its multiplier; in the same way `post - mid = c' * out'` is the MLP write. If there is no such `mid`, the block is
 accepted as parallel when `post - pre` is a combination of the two output projections. Post-norms come out as writes
 whose module is a norm. Whatever fits neither way is refused.
 """
@@ -81,6 +81,8 @@ def _solve_block(block: Block, recording: Recording, layer: int) -> BlockAlgebra
     whole = recording.call(block.module)
     if whole is None or whole.given is None or whole.value is None:
         raise FailedPrecondition(f"block {layer} was not called with a tensor")
+    if not bool(whole.value.isfinite().all()):
+        raise FailedPrecondition(f"block {layer} gives numbers that are not finite on a short prompt")
     calls = [call for call in recording.inside(block.module) if _as_wide(call.value, whole.given)]
     pre, post = _rows(whole.given), _rows(whole.value)
     found = _sequential(block, calls, recording, pre, post) or _parallel(block, recording, pre, post)
@@ -156,16 +158,16 @@ def _with_raw(write: Write, projection: nn.Module) -> Write:
 def _distinct_readers(calls: Iterable[Call], pre: torch.Tensor) -> Iterator[Call]:
     """Calls whose input may be the stream between attention and MLP: as wide as the stream and not its beginning."""
     for call in calls:
-        if call.given is not None and call.given.numel() == pre.numel() and _misfit(_rows(call.given), pre) > 1e-6:
+        if _as_wide(call.given, pre) and _misfit(_rows(call.given), pre) > 1e-6:
             yield call
 
 
 def _outermost(reader: Call, calls: Iterable[Call]) -> nn.Module:
     """The widest module that reads the same stream: the MLP itself rather than one of its projections."""
-    found = reader.module
+    found, stream = reader.module, _rows(reader.given)
     for call in calls:
-        same = call.given is not None and call.given.numel() == _rows(reader.given).numel()
-        if same and found in set(call.module.modules()) and _misfit(_rows(call.given), _rows(reader.given)) <= 1e-6:
+        same = _as_wide(call.given, stream) and _misfit(_rows(call.given), stream) <= 1e-6
+        if same and found in set(call.module.modules()):
             found = call.module
     return found
 
@@ -224,7 +226,7 @@ def _after_unembedding(layout: Layout, recording: Recording, softcap: float | No
 
 
 def _same(value: torch.Tensor | None, rows: torch.Tensor, recording: Recording) -> bool:
-    return value is not None and value.numel() == rows.numel() and _misfit(_rows(value), rows) <= _tolerance(recording)
+    return _as_wide(value, rows) and _misfit(_rows(value), rows) <= _tolerance(recording)
 
 
 def _as_wide(value: torch.Tensor | None, stream: torch.Tensor) -> bool:

@@ -80,9 +80,7 @@ def head_views(attention: Attention, counts: HeadCounts) -> tuple[HeadView, Head
     """Views of queries, keys and values; None when a projection is missing or of another width (a gated query)."""
     heads = (counts.n_heads, counts.n_kv_heads, counts.n_kv_heads)
     if attention.fused is not None:
-        q, k, v = (
-            HeadView(attention.fused, heads[part], part, attention.fused_grouped, counts) for part in range(3)
-        )
+        q, k, v = (HeadView(attention.fused, heads[part], part, attention.fused_grouped, counts) for part in range(3))
         return q, k, v
     modules = (attention.query, attention.key, attention.value)
     views = [

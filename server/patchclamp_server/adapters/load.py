@@ -63,17 +63,22 @@ def load_checkpoint(source: ModelSource, progress: Callable[[str, float], None])
     try:
         config = AutoConfig.from_pretrained(source.source, **options)
         progress("loading weights", 0.1)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             source.source,
             config=config,
+            output_loading_info=True,
             dtype="auto" if source.dtype == "auto" else DTYPES[source.dtype],
             # SDPA knows no soft caps; the engine's own attention function takes over once the adapter is built.
             attn_implementation="eager",
             **({"device_map": source.device_map} if source.device_map else {}),
             **options,
         )
-    except (OSError, ValueError, KeyError, ImportError) as fault:
+    except Exception as fault:  # transformers, safetensors and torch each raise their own
         raise FailedPrecondition(f"cannot load the model {source.source!r}: {fault}") from fault
+    if report["missing_keys"]:
+        # They would be random numbers.
+        missing = ", ".join(sorted(report["missing_keys"]))
+        raise FailedPrecondition(f"the checkpoint {source.source!r} lacks weights of its own model: {missing}")
     if not source.device_map:
         progress(f"moving weights to {device}", 0.6)
         model = model.to(device)
@@ -97,9 +102,12 @@ def resolve_device(name: str) -> torch.device:
 def _load_tokenizer(source: str, options: dict[str, Any]) -> Tokenizer | None:
     """The tokenizer beside the weights; a checkpoint without one can still be run on token ids."""
     try:
-        return Tokenizer(AutoTokenizer.from_pretrained(source, **options))
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    # Where there are no files, some classes make up a tokenizer of special tokens only: it would drop every text.
+    empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
+    return None if empty else Tokenizer(tokenizer)
 
 
 def _revision(source: ModelSource, model: PreTrainedModel) -> str:

@@ -44,7 +44,8 @@ class Probes:
     """The handlers of one model, by layer and stage. One forward at a time may use them.
 
     `catches_softmax` tells that the model's attention is outside the interface; `rotates` that queries and keys are
-    rotated before the scores. `current_layer` is the layer whose attention runs, where the softmax is caught.
+    rotated before the scores; `sinks` that attention sinks take part of the probability. `current_layer` is the layer
+    whose attention runs, where the softmax is caught.
     """
 
     def __init__(self) -> None:
@@ -53,6 +54,7 @@ class Probes:
         self.experts_implementation = "eager"
         self.catches_softmax = False
         self.rotates = True
+        self.sinks = False
         self.current_layer: int | None = None
 
     def visit(self, layer: int, stage: Stage, value: torch.Tensor) -> torch.Tensor:
@@ -89,6 +91,7 @@ class Probes:
         layer = self.layers[module]
         query = _swapped(self.visit(layer, Stage.ROT_Q, _swapped(query)))
         key = _swapped(self.visit(layer, Stage.ROT_K, _swapped(key)))
+        self.sinks = self.sinks or s_aux is not None
         plain = softcap is None and s_aux is None
         if plain and not self.wants(layer, Stage.SCORES, Stage.PATTERN):
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -135,7 +138,11 @@ class SoftmaxCatcher(TorchFunctionMode):
         layer = self._probes.current_layer
         if layer is None or func not in _SOFTMAXES:
             return func(*args, **kwargs)
-        scores = self._probes.visit(layer, Stage.SCORES, args[0])
+        scores = args[0]
+        if self._probes.wants(layer, Stage.SCORES):
+            # Such models mask with the lowest number of the element type, some with a bias added.
+            lowest = torch.finfo(scores.dtype).min
+            scores = self._probes.visit(layer, Stage.SCORES, scores.masked_fill(scores < lowest / 2, float("-inf")))
         return self._probes.visit(layer, Stage.PATTERN, func(scores, *args[1:], **kwargs))
 
 

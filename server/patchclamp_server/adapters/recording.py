@@ -15,11 +15,15 @@ from torch import nn
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of one module: its first tensor argument and the first tensor of its output, copied."""
+    """One call of one module: its first tensor argument and the first tensor of its output, copied.
+
+    `parts` is how many values it gave out: 1, or the length of a tuple.
+    """
 
     module: nn.Module
     given: torch.Tensor | None
     value: torch.Tensor | None
+    parts: int = 1
 
 
 @dataclass(frozen=True, eq=False)

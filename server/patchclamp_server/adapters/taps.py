@@ -95,9 +95,9 @@ class Tap:
     stream_of: nn.Module | None = None
 
 
-def before(hook_point: HookPoint, module: nn.Module, *, writable: bool = True) -> Tap:
+def before(hook_point: HookPoint, module: nn.Module, *, writable: bool = True, rank: int = 0) -> Tap:
     """The module's input as it is."""
-    return Tap(hook_point, module, Moment.BEFORE, _value, _replace if writable else None)
+    return Tap(hook_point, module, Moment.BEFORE, _value, _replace if writable else None, rank)
 
 
 def after(hook_point: HookPoint, module: nn.Module, *, factor: float = 1.0, rank: int = 0) -> Tap:
@@ -162,6 +162,7 @@ def norm_scale(hook_point: HookPoint, norm: Norm, *, heads_first: bool = False) 
 
 def norm_normalized(hook_point: HookPoint, norm: Norm) -> Tap:
     """A norm's input over its divisor, before weight and bias."""
+
     def read(visit: Visit) -> torch.Tensor:
         normalized = norm.normalized(visit.source)
         return normalized if visit.rescale is None else normalized * visit.rescale
@@ -229,8 +230,12 @@ def half(hook_point: HookPoint, fused: nn.Module, part: int) -> Tap:
 
 
 def probe(hook_point: HookPoint, module: nn.Module, stage: Stage) -> Tap:
-    """A value shown by a probe, as [batch, *axes]."""
-    return Tap(hook_point, module, Moment.PROBE, lambda visit: visit.given, lambda visit, new: new, stage=stage)
+    """A value shown by a probe, as [batch, *axes]; some attentions fold the heads into the batch."""
+
+    def read(visit: Visit) -> torch.Tensor:
+        return visit.given if visit.given.ndim == 4 else visit.given.unflatten(0, (visit.batch, -1))
+
+    return Tap(hook_point, module, Moment.PROBE, read, lambda visit, new: new.reshape(visit.given.shape), stage=stage)
 
 
 def expert_neurons(hook_point: HookPoint, experts: nn.Module) -> Tap:

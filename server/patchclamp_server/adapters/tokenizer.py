@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from threading import Lock
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -25,10 +26,14 @@ class Tokens:
 
 
 class Tokenizer:
-    """Wraps a `transformers` tokenizer. Safe to use from several threads at once."""
+    """Wraps a `transformers` tokenizer. May be used from several threads: its own state is not safe for that."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._lock = Lock()
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._pieces: dict[int, str] = {}
+        self._anchor = self._plain_token()
 
     @property
     def has_chat_template(self) -> bool:
@@ -38,7 +43,8 @@ class Tokenizer:
         """Tokens of a text; `special_tokens` adds the model's own (such as a leading BOS)."""
         if not self._tokenizer.is_fast:
             return self.describe(self._tokenizer.encode(text, add_special_tokens=special_tokens))
-        encoding = self._tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
+        with self._lock:
+            encoding = self._tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
         ids = tuple(encoding["input_ids"])
         spans = tuple((start, end) for start, end in encoding["offset_mapping"])
         return Tokens(ids, tuple(map(self.piece, ids)), spans, text)
@@ -66,12 +72,17 @@ class Tokenizer:
         return Tokens(tuple(ids), pieces, tuple(pairwise(edges)), "".join(pieces))
 
     def piece(self, token_id: int) -> str:
-        """One token as text, its leading space kept."""
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        if token is None:
-            return ""
-        if token in self._tokenizer.all_special_tokens:
-            return str(token)
-        return str(self._tokenizer.convert_tokens_to_string([token])) if not token.startswith("▁") else (
-            token.replace("▁", " ")
-        )
+        """One token as text, its leading space kept: what it adds behind another token."""
+        if token_id not in self._pieces:
+            behind = self._decode([*self._anchor, token_id])
+            self._pieces[token_id] = behind.removeprefix(self._decode(self._anchor))
+        return self._pieces[token_id]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        with self._lock:
+            return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    def _plain_token(self) -> list[int]:
+        """A token that is an ordinary word: decoders treat the first token of a text specially."""
+        ids = self._tokenizer.encode("a", add_special_tokens=False)
+        return [token for token in ids if token not in self._special][-1:]

@@ -47,9 +47,7 @@ class LogitRows:
         return logits.index_select(0, index)
 
 
-def execute(
-    runner: Runner, runs: Sequence[RunSpec], check: Callable[[], None] | None = None
-) -> tuple[RunOutput, ...]:
+def execute(runner: Runner, runs: Sequence[RunSpec], check: Callable[[], None] | None = None) -> tuple[RunOutput, ...]:
     """Runs a batch. `check` is called before every block and may raise to abort."""
     reads = plan_reads(runs)
     rows = LogitRows.of(runs, reads)

@@ -105,7 +105,7 @@ def attach_probes(model: nn.Module, layout: Layout, ids: torch.Tensor) -> Probes
     name = f"patchclamp-{uuid4().hex}"
     probes.register(name)
     if any(block.mlp.experts for block in layout.blocks):
-        probes.experts_implementation = model.config._experts_implementation  # type: ignore[union-attr]
+        probes.experts_implementation = str(model.config._experts_implementation)  # type: ignore[union-attr]
         model.set_experts_implementation(name)  # type: ignore[operator]
     model.set_attn_implementation(name)  # type: ignore[operator]
     if _visited(model, probes, ids) < len(layout.blocks):
@@ -120,7 +120,11 @@ def _visited(model: nn.Module, probes: Probes, ids: torch.Tensor) -> int:
     seen: set[int] = set()
 
     def see(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda value: (seen.add(layer), value)[1]
+        def handle(value: torch.Tensor) -> torch.Tensor:
+            seen.add(layer)
+            return value
+
+        return handle
 
     probes.handlers = {(layer, Stage.ROT_Q): see(layer) for layer in probes.layers.values()}
     try:

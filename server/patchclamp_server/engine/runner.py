@@ -56,15 +56,19 @@ class Program:
     capture: Capture | None
 
     def run(self, visit: Visit) -> None:
+        value = self.tap.read(visit)
         if self.edit is not None:
             assert self.tap.write is not None
-            changed = self.tap.write(visit, self.edit(self.tap.read(visit)))
+            new = self.edit(value)
+            changed = self.tap.write(visit, new)
             if self.tap.moment is Moment.AFTER:
                 visit.output = changed
             else:
                 visit.given = changed
+            # Not read again: a norm's input still has the old divisor, z the old results.
+            value = new.to(value.dtype)
         if self.capture is not None:
-            self.capture(self.tap.hook_point, self.tap.read(visit))
+            self.capture(self.tap.hook_point, value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +92,7 @@ class Runner:
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
-        self.device = adapter.unembed.head.weight.device  # where the logits are computed
-        embedding = next(adapter.layout.embed.parameters())
-        self.input_device = embedding.device if not embedding.is_meta else torch.device("cpu")
+        self.input_device = _device(adapter.layout.embed)
         self._streams: dict[nn.Module, torch.Tensor] = {}
 
     @torch.no_grad()
@@ -101,12 +103,13 @@ class Runner:
             stack.callback(self._streams.clear)
             for group in programs:
                 stack.enter_context(self._installed(group, forward))
+            stack.enter_context(self._remembered(programs))
             stack.enter_context(self._frame(forward))
             stack.enter_context(self.adapter.probes.active())
             try:
                 output = self.adapter.model(input_ids=forward.batch.input_ids, use_cache=False)
             except _Finished:
-                return torch.empty(0, self.adapter.dims.d_vocab, device=self.device)
+                return torch.empty(0, self.adapter.dims.d_vocab)
         logits: torch.Tensor = output.logits[0]  # [rows, d_vocab]
         return logits
 
@@ -137,10 +140,6 @@ class Runner:
         """The hook of one module and moment, for the time of a forward."""
         tap, batch = group[0].tap, len(forward.batch.lengths)
         with ExitStack() as stack:
-            for block in {program.tap.stream_of for program in group} - {None}:
-                assert block is not None
-                handle = block.register_forward_pre_hook(self._remember, with_kwargs=True)
-                stack.callback(handle.remove)
             if tap.moment is Moment.PROBE:
                 stack.enter_context(self._probed(group, batch))
             elif tap.moment is Moment.BEFORE:
@@ -149,6 +148,16 @@ class Runner:
             else:
                 hook = _after_hook(group, batch, self._streams)
                 stack.callback(tap.module.register_forward_hook(hook, with_kwargs=True).remove)
+            yield
+
+    @contextmanager
+    def _remembered(self, programs: list[list[Program]]) -> Iterator[None]:
+        """Keeps the inputs of the blocks whose taps need them. Installed last: as the edits there leave them."""
+        blocks = {program.tap.stream_of for group in programs for program in group} - {None}
+        with ExitStack() as stack:
+            for block in blocks:
+                assert block is not None
+                stack.callback(block.register_forward_pre_hook(self._remember, with_kwargs=True).remove)
             yield
 
     @contextmanager
@@ -218,7 +227,8 @@ def record(model: nn.Module, input_ids: torch.Tensor) -> Recording:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given, value = first_argument(args, kwargs), first_tensor(output)
-        calls.append(Call(module, _copy(given), _copy(value)))
+        parts = len(output) if isinstance(output, tuple) else 1
+        calls.append(Call(module, _copy(given), _copy(value), parts))
 
     with ExitStack() as stack:
         for module in model.modules():
@@ -226,6 +236,12 @@ def record(model: nn.Module, input_ids: torch.Tensor) -> Recording:
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         output = model(input_ids=input_ids, use_cache=False)
     return Recording(tuple(calls), output.logits.clone())
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module takes its input; offloaded weights are brought to their input by accelerate."""
+    weight = next(module.parameters())
+    return torch.device("cpu") if weight.is_meta else weight.device
 
 
 def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:

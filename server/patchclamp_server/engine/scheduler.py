@@ -81,10 +81,9 @@ class Scheduler:
         bucket = _bucket(first)
         rows: list[Row] = []
         for row in self._turns():
-            alone = first.state.job.solo or row.state.job.solo
-            if row.state is not first.state and alone or _bucket(row) != bucket:
+            if row.state.job.solo != first.state.job.solo or _bucket(row) != bucket:
                 continue
-            if rows and (alone or not self._fits(rows, row)):
+            if rows and (first.state.job.solo or not self._fits(rows, row)):
                 break
             rows.append(row)
         for row in rows:

@@ -19,6 +19,7 @@ from queue import SimpleQueue
 import torch
 
 from patchclamp_server.engine.execution import execute
+from patchclamp_server.engine.loading import Resident
 from patchclamp_server.engine.messages import (
     EngineFailed,
     Event,
@@ -32,7 +33,6 @@ from patchclamp_server.engine.messages import (
     RunFinished,
     RunOutput,
 )
-from patchclamp_server.engine.loading import Resident
 from patchclamp_server.engine.scheduler import BatchLimits, JobState, Row, Scheduler
 from patchclamp_server.errors import Cancelled, DeadlineExceeded, Error, TooLarge, Unavailable
 
