@@ -1,0 +1,1 @@
+"""Benchmarks: ratios inside one run, so that a slow or busy machine changes both sides alike."""
