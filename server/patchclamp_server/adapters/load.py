@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from patchclamp_server.adapters.tokenizer import Tokenizer
 from patchclamp_server.errors import FailedPrecondition
@@ -59,6 +60,8 @@ def load_checkpoint(source: ModelSource, progress: Callable[[str, float], None])
         "local_files_only": source.offline,
         "trust_remote_code": False,
     }
+    # Loading tells its own progress; a server's log is no place for bars.
+    logging.disable_progress_bar()
     progress(f"reading the configuration of {source.source}", 0.05)
     try:
         config = AutoConfig.from_pretrained(source.source, **options)

@@ -1,0 +1,83 @@
+"""The command `patchclamp-server`: settings, then the worker, then the server in front of it. The only wiring."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from patchclamp_server.config import ConfigError, ServerConfig, read_config
+
+if TYPE_CHECKING:
+    from patchclamp_server.adapters.load import ModelSource
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves until SIGTERM or SIGINT. Returns 0; 1 when the engine failed, 2 when the settings are wrong,
+    130 when interrupted before it could serve."""
+    try:
+        config = read_config(arguments)
+        _log_to_stderr(config)
+        _serve(config)
+    except KeyboardInterrupt:
+        return 130
+    except ConfigError as error:
+        return _fail(error.message, 2)
+    except Exception as error:
+        logging.getLogger(__name__).debug("failed", exc_info=True)
+        return _fail(" ".join(str(error).split()) or type(error).__name__, 1)
+    return 0
+
+
+def _serve(config: ServerConfig) -> None:
+    # Imported once the settings are known to be right: torch and transformers take seconds.
+    import asyncio
+
+    from patchclamp_server.engine.loading import load_resident
+    from patchclamp_server.engine.worker import Worker
+    from patchclamp_server.service.server import Ready, serve
+
+    def announce(ready: Ready) -> None:
+        print(f"patchclamp-server ready on {ready.address} (model {ready.model})", flush=True)
+
+    source = _source(config)
+    worker = Worker(load=lambda progress: load_resident(source, progress))
+    asyncio.run(serve(config, worker, announce))
+
+
+def _source(config: ServerConfig) -> ModelSource:
+    from patchclamp_server.adapters.load import ModelSource
+
+    return ModelSource(
+        source=_model_path(config),
+        name=config.served_name,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        offline=config.offline,
+    )
+
+
+def _model_path(config: ServerConfig) -> str:
+    if config.model is not None:
+        return config.model
+    from patchclamp_server import demo
+
+    return str(demo.model_dir())
+
+
+def _log_to_stderr(config: ServerConfig) -> None:
+    logging.basicConfig(
+        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"patchclamp-server: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

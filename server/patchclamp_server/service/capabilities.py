@@ -1,0 +1,47 @@
+"""What this server can do, and what of the contract it does not serve."""
+
+from __future__ import annotations
+
+from patchclamp.v1 import intervention_pb2, model_pb2, vector_pb2
+
+_NOT_YET = "not served by this version"
+
+_SERVED = (
+    "describe",
+    "tokenize",
+    "runs",
+    "reads",
+    "logits",
+    "loss",
+    "vectors.tensor",
+    "vectors.safetensors",
+    "vectors.unembed_token",
+    "numerics.default",
+    "numerics.solo",
+)
+_UNSERVED = (
+    "numerics.deterministic",
+    "interventions",
+    *(f"interventions.{arm.name}" for arm in intervention_pb2.Intervention.DESCRIPTOR.oneofs_by_name["op"].fields),
+    *(
+        f"vectors.{arm.name}"
+        for arm in vector_pb2.VectorSource.DESCRIPTOR.oneofs_by_name["source"].fields
+        if f"vectors.{arm.name}" not in _SERVED
+    ),
+    "baseline",
+    "keep",
+    "handles",
+    "profile",
+    "generation",
+    "transcoders",
+    "attribution",
+    "patching",
+)
+
+
+def capabilities() -> list[model_pb2.Capability]:
+    """Every arm and option, by the name that the error of an unserved one carries."""
+    return [
+        *(model_pb2.Capability(name=name, available=True) for name in _SERVED),
+        *(model_pb2.Capability(name=name, available=False, reason=_NOT_YET) for name in _UNSERVED),
+    ]

@@ -1,0 +1,177 @@
+"""Run requests as runs for the worker: complete, valid, within the limits, or an error that names all that is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from patchclamp.v1 import intervention_pb2, model_pb2, run_pb2
+from patchclamp_server.adapters.tokenizer import Tokens
+from patchclamp_server.config import ServerConfig
+from patchclamp_server.engine.messages import Loaded, LogitsSpec, ReadSpec, RunSpec
+from patchclamp_server.errors import NotServed, TooLarge
+from patchclamp_server.positions import LAST, Positions
+from patchclamp_server.service.prompts import parse_prompt
+from patchclamp_server.service.reads import ReadParser
+from patchclamp_server.service.selection import parse_positions
+from patchclamp_server.service.tensors import RESULT_DTYPES
+from patchclamp_server.service.violations import Violations
+
+MOST_LOGPROB_TOKENS = 4096
+# The most probable tokens come one by one, with their text, inside the result: this many stay below 4 MiB.
+MOST_TOP_TOKENS = 65_536
+_TOP_TOKEN_BYTES = 24
+
+
+@dataclass(frozen=True, eq=False)
+class ParsedRequest:
+    """The runs of a request, with the tokens of each prompt."""
+
+    runs: tuple[RunSpec, ...]
+    tokens: tuple[Tokens, ...]
+    solo: bool
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(run.token_ids) for run in self.runs)
+
+
+def parse_run_request(request: run_pb2.RunRequest, loaded: Loaded, config: ServerConfig) -> ParsedRequest:
+    """The runs to submit. Raises InvalidArgument, TooLarge, NotServed or FailedPrecondition."""
+    found = Violations()
+    _check_count(len(request.runs), "runs", config, found)
+    solo = _parse_numerics(request.numerics, found)
+    parser = RunParser(loaded, config, found)
+    runs = [parser.parse(wire, f"runs[{index}]") for index, wire in enumerate(request.runs)]
+    found.raise_any()
+    if parser.result_bytes > config.max_result_bytes:
+        raise TooLarge("bytes of reads and logits", limit=config.max_result_bytes, demand=parser.result_bytes)
+    specs = tuple(spec for spec in runs if spec is not None)
+    return ParsedRequest(specs, tuple(parser.tokens), solo)
+
+
+def parse_tokenize_request(request: model_pb2.TokenizeRequest, loaded: Loaded, config: ServerConfig) -> list[Tokens]:
+    """The tokens of every prompt. Raises like `parse_run_request`."""
+    found = Violations()
+    _check_count(len(request.prompts), "prompts", config, found)
+    meter = TokenMeter(config.max_tokens)
+    prompts = (parse_prompt(wire, f"prompts[{i}]", loaded, found) for i, wire in enumerate(request.prompts))
+    valid = [meter.take(tokens) for tokens in prompts if tokens is not None]
+    found.raise_any()
+    return valid
+
+
+def _check_count(count: int, what: str, config: ServerConfig, found: Violations) -> None:
+    if count > config.max_runs:
+        raise TooLarge(f"{what} of one request", limit=config.max_runs, demand=count)
+    if not count:
+        found.add(what, "at least one is needed")
+
+
+def _parse_numerics(wire: int, found: Violations) -> bool:
+    """Whether batches of one are asked for."""
+    if wire == run_pb2.NUMERICS_DETERMINISTIC:
+        raise NotServed("numerics.deterministic")
+    if wire not in run_pb2.Numerics.values():
+        found.add("numerics", f"{wire} is not a level: DEFAULT or SOLO")
+    return wire == run_pb2.NUMERICS_SOLO
+
+
+class TokenMeter:
+    """Adds up the tokens of one request as they become known: the rest of a request too large is not read."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken = 0
+
+    def take(self, tokens: Tokens) -> Tokens:
+        self._taken += len(tokens.ids)
+        if self._taken > self._most:
+            raise TooLarge("prompt tokens of one request", limit=self._most, demand=self._taken)
+        return tokens
+
+
+class RunParser:
+    """Turns the runs of one request into specs; notes what is wrong, and adds up what they cost."""
+
+    def __init__(self, loaded: Loaded, config: ServerConfig, found: Violations) -> None:
+        self.tokens: list[Tokens] = []
+        self.result_bytes = 0
+        self._meter = TokenMeter(config.max_tokens)
+        self._loaded = loaded
+        self._config = config
+        self._found = found
+        self._reads = ReadParser(loaded.facts, found)
+
+    def parse(self, wire: run_pb2.RunSpec, path: str) -> RunSpec | None:
+        """One run; None when its prompt is invalid."""
+        _refuse_unserved(wire)
+        for index, intervention in enumerate(wire.interventions):
+            self._refuse_intervention(intervention, f"{path}.interventions[{index}]")
+        tokens = parse_prompt(wire.prompt, f"{path}.prompt", self._loaded, self._found)
+        if tokens is not None:
+            self.tokens.append(self._meter.take(tokens))
+        length = None if tokens is None else len(tokens.ids)
+        reads = self._parse_reads(wire, path, length)
+        logits = self._parse_logits(wire.logits, f"{path}.logits", length) if wire.HasField("logits") else None
+        if tokens is None:
+            return None
+        self.result_bytes += 4 * (len(tokens.ids) - 1) if wire.loss else 0
+        return RunSpec(tokens.ids, reads, logits, wire.loss)
+
+    def _refuse_intervention(self, wire: intervention_pb2.Intervention, path: str) -> None:
+        arm = wire.WhichOneof("op")
+        if arm is not None:
+            raise NotServed(f"interventions.{arm}")
+        self._found.add(path, "an intervention needs an op: set exactly one")
+
+    def _parse_reads(self, wire: run_pb2.RunSpec, path: str, length: int | None) -> tuple[ReadSpec, ...]:
+        if len(wire.reads) > self._config.max_reads:
+            raise TooLarge("reads of one run", limit=self._config.max_reads, demand=len(wire.reads))
+        reads = (self._reads.parse(read, f"{path}.reads[{i}]", length) for i, read in enumerate(wire.reads))
+        valid = [read for read in reads if read is not None]
+        self.result_bytes += sum(read.result_bytes for read in valid)
+        return tuple(read.spec for read in valid)
+
+    def _parse_logits(self, wire: run_pb2.LogitsRequest, path: str, length: int | None) -> LogitsSpec | None:
+        dtype = RESULT_DTYPES.get(wire.dtype)
+        if dtype is None:
+            self._found.add(f"{path}.dtype", "must be float32, bfloat16 or float16")
+        self._check_tokens(wire, path)
+        selection = (LAST, 1) if not wire.HasField("positions") else self._rows(wire, f"{path}.positions", length)
+        if selection is None or dtype is None:
+            return None
+        positions, rows = selection
+        if rows * wire.top_k > MOST_TOP_TOKENS:
+            raise TooLarge("most probable tokens of one run", limit=MOST_TOP_TOKENS, demand=rows * wire.top_k)
+        row_bytes = self._loaded.facts.dims.d_vocab * dtype.itemsize if wire.values else 0
+        row_bytes += wire.top_k * _TOP_TOKEN_BYTES + 4 * len(wire.logprob_tokens)
+        self.result_bytes += rows * row_bytes
+        return LogitsSpec(positions, wire.values, dtype, wire.top_k, tuple(wire.logprob_tokens))
+
+    def _rows(self, wire: run_pb2.LogitsRequest, path: str, length: int | None) -> tuple[Positions, int] | None:
+        return None if length is None else parse_positions(wire.positions, path, length, self._found)
+
+    def _check_tokens(self, wire: run_pb2.LogitsRequest, path: str) -> None:
+        d_vocab = self._loaded.facts.dims.d_vocab
+        if not (wire.values or wire.top_k or wire.logprob_tokens):
+            self._found.add(path, "asks for nothing: set values, top_k or logprob_tokens")
+        if wire.top_k > d_vocab:
+            self._found.add(f"{path}.top_k", f"{wire.top_k} is not 0 .. {d_vocab}, the vocabulary")
+        if len(wire.logprob_tokens) > MOST_LOGPROB_TOKENS:
+            text = f"at most {MOST_LOGPROB_TOKENS} tokens, there are {len(wire.logprob_tokens)}"
+            self._found.add(f"{path}.logprob_tokens", text)
+            return
+        for index, token_id in enumerate(wire.logprob_tokens):
+            if token_id >= d_vocab:
+                text = f"token {token_id} is not in the vocabulary: 0 .. {d_vocab - 1}"
+                self._found.add(f"{path}.logprob_tokens[{index}]", text)
+
+
+def _refuse_unserved(wire: run_pb2.RunSpec) -> None:
+    """Parts of the contract that this version does not serve are never ignored."""
+    if wire.keep:
+        raise NotServed("keep")
+    if wire.baseline:
+        raise NotServed("baseline")
+    if wire.profile not in ("", "none"):
+        raise NotServed("profile")

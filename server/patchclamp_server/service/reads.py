@@ -1,0 +1,160 @@
+"""Reads of a request, checked against the model and priced in bytes as their results will travel."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from patchclamp.v1 import read_pb2
+from patchclamp_server.adapters.facts import ModelFacts
+from patchclamp_server.engine.messages import (
+    LastRow,
+    LogitLens,
+    Mean,
+    Moments,
+    Norm,
+    Project,
+    ReadSpec,
+    Reduction,
+    TopK,
+    UnembedRow,
+)
+from patchclamp_server.hookpoints import SiteInfo
+from patchclamp_server.service.selection import head_axis, parse_heads, parse_positions
+from patchclamp_server.service.sites import parse_site
+from patchclamp_server.service.tensors import RESULT_DTYPES
+from patchclamp_server.service.vectors import VectorParser
+from patchclamp_server.service.violations import Violations
+
+MOST_PROJECTIONS = 256
+_INDEX_BYTES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class PricedRead:
+    """A read, and the bytes of its results in all layers together."""
+
+    spec: ReadSpec
+    result_bytes: int
+
+
+class ReadParser:
+    """Turns the reads of one request into specs; notes what is wrong with them."""
+
+    def __init__(self, facts: ModelFacts, found: Violations) -> None:
+        self._facts = facts
+        self._found = found
+        self._vectors = VectorParser(facts.dims.d_model, facts.dims.d_vocab, found)
+
+    def parse(self, wire: read_pb2.Read, path: str, length: int | None) -> PricedRead | None:
+        """One read of a run of `length` tokens (None: its prompt is invalid); None when invalid."""
+        dtype = RESULT_DTYPES.get(wire.dtype)
+        if dtype is None:
+            self._found.add(f"{path}.dtype", "must be float32, bfloat16 or float16")
+        site = parse_site(wire.hook_point, f"{path}.hook_point", self._facts, self._found)
+        selection = length and parse_positions(wire.positions, f"{path}.positions", length, self._found)
+        if site is None:
+            return None
+        info, layers = site
+        heads = parse_heads(wire.heads, wire.hook_point, path, info, self._found)
+        reduction = self._reduction(wire.reduction, f"{path}.reduction", info, length)
+        if not length or not selection or dtype is None:
+            return None
+        positions, rows = selection
+        shape = _selected_shape(info, rows, length, heads)
+        result_bytes = len(layers) * _result_bytes(shape, info, reduction, dtype)
+        return PricedRead(ReadSpec(info.site, layers, positions, heads, reduction, dtype), result_bytes)
+
+    def _reduction(self, wire: read_pb2.Reduction, path: str, info: SiteInfo, length: int | None) -> Reduction | None:
+        """The reduction; None where the rows themselves are asked for, or when invalid."""
+        match wire.WhichOneof("kind"):
+            case "last":
+                return LastRow()
+            case "mean":
+                return Mean()
+            case "norm":
+                return Norm()
+            case "moments":
+                return Moments()
+            case "top_k":
+                return self._top_k(wire.top_k, f"{path}.top_k.k", info, length)
+            case "project":
+                return self._project(wire.project, f"{path}.project.onto", info)
+            case "logit_lens":
+                return self._logit_lens(wire.logit_lens, f"{path}.logit_lens", info)
+            case _:
+                return None
+
+    def _top_k(self, wire: read_pb2.TopKReduction, path: str, info: SiteInfo, length: int | None) -> TopK | None:
+        width = info.width or length
+        if width is None or not 1 <= wire.k <= width:
+            self._found.add(path, f"{wire.k} is not 1 .. {width}, the size of the last axis of {info.site}")
+            return None
+        return TopK(wire.k, wire.by_magnitude)
+
+    def _project(self, wire: read_pb2.ProjectReduction, path: str, info: SiteInfo) -> Project | None:
+        if not info.width:
+            self._found.add(path, f"the last axis of {info.site} depends on the prompt: no vector fits it")
+            return None
+        if not wire.onto:
+            self._found.add(path, "at least one vector is needed")
+            return None
+        if len(wire.onto) > MOST_PROJECTIONS:
+            self._found.add(path, f"at most {MOST_PROJECTIONS} vectors, there are {len(wire.onto)}")
+            return None
+        parsed = [self._vectors.parse(source, f"{path}[{i}]", info.width) for i, source in enumerate(wire.onto)]
+        onto = tuple(rows for rows in parsed if rows is not None)
+        if len(onto) < len(parsed):
+            return None
+        if _count(onto) > MOST_PROJECTIONS:
+            self._found.add(path, f"at most {MOST_PROJECTIONS} vectors in all, there are {_count(onto)}")
+            return None
+        return Project(onto)
+
+    def _logit_lens(self, wire: read_pb2.LogitLensReduction, path: str, info: SiteInfo) -> LogitLens | None:
+        if tuple(name for name, _ in info.axes) != ("pos", "d_model"):
+            axes = ", ".join(name for name, _ in info.axes)
+            self._found.add(path, f"needs rows of the residual stream, [pos, d_model]; {info.site} has [{axes}]")
+            return None
+        if not 1 <= wire.k <= self._facts.dims.d_vocab:
+            self._found.add(f"{path}.k", f"{wire.k} is not 1 .. {self._facts.dims.d_vocab}, the vocabulary")
+            return None
+        return LogitLens(wire.k)
+
+
+def _count(onto: tuple[torch.Tensor | UnembedRow, ...]) -> int:
+    return sum(1 if isinstance(rows, UnembedRow) else len(rows) for rows in onto)
+
+
+def _selected_shape(info: SiteInfo, rows: int, length: int, heads: tuple[int, ...] | None) -> tuple[list[int], int]:
+    """The shape of the selected rows in one layer, and which of its axes is the positions'."""
+    known = {"pos": rows, "query": rows, "key": length}
+    axis = head_axis(info)
+    if heads is not None and axis is not None:
+        known[axis] = len(heads)
+    names = [name for name, _ in info.axes]
+    position_axis = names.index("query" if "query" in names else "pos")
+    return [known.get(name, size) for name, size in info.axes], position_axis
+
+
+def _result_bytes(
+    selected: tuple[list[int], int], info: SiteInfo, reduction: Reduction | None, dtype: torch.dtype
+) -> int:
+    """Bytes of one layer's result."""
+    shape, position_axis = selected
+    everything, width, size = math.prod(shape), shape[-1], dtype.itemsize
+    match reduction:
+        case LastRow() | Mean():
+            return everything // shape[position_axis] * size
+        case Moments():
+            return 2 * everything // shape[position_axis] * size
+        case Norm():
+            return everything // width * size
+        case TopK(k=k) | LogitLens(k=k):
+            return everything // width * k * (size + _INDEX_BYTES)
+        case Project(onto=onto):
+            return everything // width * _count(onto) * size
+        case _:
+            return everything * size
