@@ -41,7 +41,7 @@ class Stage(StrEnum):
 
 
 class Probes:
-    """The handlers of one model, by layer and stage. One forward at a time may use them.
+    """The handlers of one model, by layer and stage. One forward at a time may use them. `dtype` is the model's.
 
     `catches_softmax` tells that the model's attention is outside the interface; `rotates` that queries and keys are
     rotated before the scores; `sinks` that attention sinks take part of the probability. `current_layer` is the layer
@@ -51,6 +51,7 @@ class Probes:
     def __init__(self) -> None:
         self.handlers: dict[tuple[int, Stage], Handler] = {}
         self.layers: dict[nn.Module, int] = {}
+        self.dtype = torch.float32
         self.experts_implementation = "eager"
         self.catches_softmax = False
         self.rotates = True
@@ -110,15 +111,17 @@ class Probes:
     ) -> torch.Tensor:
         """A mixture's experts over hidden_states [token, d_model], with their neurons as a hook point."""
         layer = self.layers[module]
-        if not self.wants(layer, Stage.NEURONS):
-            own_forward = type(module).forward.__wrapped__  # type: ignore[attr-defined]
-            experts = ExpertsInterface().get_interface(self.experts_implementation, own_forward)
-            result: torch.Tensor = experts(module, hidden_states, top_k_index, top_k_weights)
-            return result
-        neurons = expert_neurons(module, hidden_states, top_k_index)  # [token, expert, d_mlp]
-        neurons = self.visit(layer, Stage.NEURONS, neurons)
-        weights = routing_weights(top_k_index, top_k_weights, neurons.shape[1]).to(neurons.dtype)  # [token, expert]
-        return torch.einsum("te,tem,edm->td", weights, neurons, module.down_proj).to(hidden_states.dtype)
+        if self.wants(layer, Stage.NEURONS):
+            shown = expert_neurons(module, hidden_states, top_k_index)  # [token, expert, d_mlp]
+            neurons = self.visit(layer, Stage.NEURONS, shown)
+            # Looking changes no rounding: it can decide where a later router sends a token.
+            if neurons is not shown:
+                weights = routing_weights(top_k_index, top_k_weights, neurons.shape[1]).to(neurons.dtype)
+                return torch.einsum("te,tem,edm->td", weights, neurons, module.down_proj).to(hidden_states.dtype)
+        own_forward = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+        experts = ExpertsInterface().get_interface(self.experts_implementation, own_forward)
+        result: torch.Tensor = experts(module, hidden_states, top_k_index, top_k_weights)
+        return result
 
 
 class SoftmaxCatcher(TorchFunctionMode):
@@ -140,8 +143,8 @@ class SoftmaxCatcher(TorchFunctionMode):
             return func(*args, **kwargs)
         scores = args[0]
         if self._probes.wants(layer, Stage.SCORES):
-            # Such models mask with the lowest number of the element type, some with a bias added.
-            lowest = torch.finfo(scores.dtype).min
+            # Such models mask with the lowest number of their element type, some with a bias added.
+            lowest = torch.finfo(self._probes.dtype).min
             scores = self._probes.visit(layer, Stage.SCORES, scores.masked_fill(scores < lowest / 2, float("-inf")))
         return self._probes.visit(layer, Stage.PATTERN, func(scores, *args[1:], **kwargs))
 

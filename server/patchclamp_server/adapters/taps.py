@@ -133,7 +133,8 @@ def resid_mid_write(hook_point: HookPoint, write: Write, block: nn.Module) -> Ta
 
     def stream(visit: Visit) -> torch.Tensor:
         assert visit.stream is not None
-        return visit.stream
+        # A model spread over devices may have brought it here from another.
+        return visit.stream.to(visit.value.device)
 
     def read(visit: Visit) -> torch.Tensor:
         return stream(visit) + visit.value * write.factor

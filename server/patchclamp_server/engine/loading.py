@@ -98,6 +98,7 @@ def proof_ids(dims: Dims, device: torch.device) -> torch.Tensor:
 def attach_probes(model: nn.Module, layout: Layout, ids: torch.Tensor) -> Probes:
     """Puts the attention and experts functions in place and finds out, by a forward, whether attention calls them."""
     probes = Probes()
+    probes.dtype = model.dtype  # type: ignore[assignment]
     probes.layers = {block.attention.module: layer for layer, block in enumerate(layout.blocks)}
     probes.layers |= {block.mlp.experts: layer for layer, block in enumerate(layout.blocks) if block.mlp.experts}
     probes.rotates = _rotates(model)

@@ -76,9 +76,11 @@ class Worker:
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._scheduler = Scheduler(limits or BatchLimits())
         self._stopping = False
+        # Held while a job goes in, so that none does after the thread has looked for the last time.
+        self._gate = threading.Lock()
+        self._closed = False
         self._failed: BaseException | None = None
         self._thread: threading.Thread | None = None
-        self._waiting = 0
 
     def start(self, report: Callable[[Report], None]) -> None:
         """Loads the model and begins to serve; `report` gets Progress, then Loaded, or EngineFailed at any time."""
@@ -87,7 +89,11 @@ class Worker:
 
     def submit(self, job: Job, emit: Callable[[Event], None]) -> None:
         """Hands over a job. Ends in JobDone after an answer to each run, or in JobFailed."""
-        self._inbox.put(_Submit(job, emit))
+        with self._gate:
+            if not self._closed:
+                self._inbox.put(_Submit(job, emit))
+                return
+        emit(JobFailed(job.job_id, self._refusal()))
 
     def cancel(self, job_id: int) -> None:
         """Ends a job early: JobFailed follows once the engine has let go of it. Unknown jobs are ignored."""
@@ -102,9 +108,16 @@ class Worker:
     @property
     def waiting(self) -> int:
         """Jobs not yet answered."""
-        return self._waiting + self._inbox.qsize()
+        return len(self._scheduler.jobs) + self._inbox.qsize()
 
     def _main(self, report: Callable[[Report], None]) -> None:
+        self._serve(report)
+        with self._gate:
+            self._closed = True
+        self._take_messages(block=False)
+        self._refuse_all()
+
+    def _serve(self, report: Callable[[Report], None]) -> None:
         try:
             resident = self._load(report)
         except Exception as fault:
@@ -114,11 +127,11 @@ class Worker:
         try:
             while not self._stopping:
                 self._take_messages(block=not self._scheduler.jobs)
-                self._step(resident)
+                if not self._stopping:
+                    self._step(resident)
         except Exception as fault:
             _log.exception("the engine cannot go on")
             self._fail(fault, report)
-        self._refuse_all()
 
     def _fail(self, fault: BaseException, report: Callable[[Report], None]) -> None:
         self._failed = fault
@@ -130,8 +143,11 @@ class Worker:
 
     def _refuse_all(self) -> None:
         for state in list(self._scheduler.jobs.values()):
-            reason = "ENGINE_FAILED" if self._failed else "NOT_SERVING"
-            self._end(state, Unavailable("the engine stopped before this request was done", reason=reason))
+            self._end(state, self._refusal())
+
+    def _refusal(self) -> Unavailable:
+        reason = "ENGINE_FAILED" if self._failed else "NOT_SERVING"
+        return Unavailable("the engine stopped before this request was done", reason=reason)
 
     def _take_messages(self, *, block: bool) -> None:
         while block or self._inbox.qsize():
@@ -145,7 +161,6 @@ class Worker:
                         state.cancelled = True
                 case _Stop():
                     self._stopping = True
-        self._waiting = len(self._scheduler.jobs)
 
     def _step(self, resident: Resident) -> None:
         """One batch, if anything waits."""
@@ -154,7 +169,6 @@ class Worker:
         if rows:
             self._run(resident, rows)
             self._bury()
-        self._waiting = len(self._scheduler.jobs)
 
     def _bury(self) -> None:
         """Ends the jobs that nobody waits for any more."""
