@@ -76,7 +76,7 @@ class Worker:
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._scheduler = Scheduler(limits or BatchLimits())
         self._stopping = False
-        # Held while a job goes in, so that none does after the thread has looked for the last time.
+        # Held while a message goes in, so that none does after the thread has looked for the last time.
         self._gate = threading.Lock()
         self._closed = False
         self._failed: BaseException | None = None
@@ -89,19 +89,16 @@ class Worker:
 
     def submit(self, job: Job, emit: Callable[[Event], None]) -> None:
         """Hands over a job. Ends in JobDone after an answer to each run, or in JobFailed."""
-        with self._gate:
-            if not self._closed:
-                self._inbox.put(_Submit(job, emit))
-                return
-        emit(JobFailed(job.job_id, self._refusal()))
+        if not self._post(_Submit(job, emit)):
+            emit(JobFailed(job.job_id, self._refusal()))
 
     def cancel(self, job_id: int) -> None:
         """Ends a job early: JobFailed follows once the engine has let go of it. Unknown jobs are ignored."""
-        self._inbox.put(_Cancel(job_id))
+        self._post(_Cancel(job_id))
 
     def stop(self, timeout: float) -> None:
         """Ends the thread after the batch that runs; whatever still waits fails as unavailable."""
-        self._inbox.put(_Stop())
+        self._post(_Stop())
         if self._thread is not None:
             self._thread.join(timeout)
 
@@ -109,6 +106,13 @@ class Worker:
     def waiting(self) -> int:
         """Jobs not yet answered."""
         return len(self._scheduler.jobs) + self._inbox.qsize()
+
+    def _post(self, message: _Message) -> bool:
+        """Whether the thread will still read it."""
+        with self._gate:
+            if not self._closed:
+                self._inbox.put(message)
+            return not self._closed
 
     def _main(self, report: Callable[[Report], None]) -> None:
         self._serve(report)
