@@ -1,4 +1,4 @@
-"""The other caller of the transfer benchmark: calls Describe until its standard input ends, then prints its latencies."""
+"""The other caller of the transfer benchmark: calls Describe until told to stop, then prints its latencies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import patchclamp as pc
 def main() -> None:
     """Argument: the server's address."""
     stopped = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.readline(), stopped.set()), daemon=True).start()
+
+    def wait() -> None:
+        sys.stdin.readline()
+        stopped.set()
+
+    threading.Thread(target=wait, daemon=True).start()
     found = []
     with pc.connect(sys.argv[1]) as client:
         client.describe()

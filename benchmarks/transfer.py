@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,12 +71,11 @@ def _transfers(address: str, repeats: int) -> list[float]:
     return found[1:]
 
 
-def _describe_beside(address: str, work: object) -> Timings:
+def _describe_beside(address: str, work: Callable[[], object]) -> Timings:
     """Latencies of Describe, called by another process while `work` runs."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.describing", address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None and callable(work)
+    command = [sys.executable, "-m", "benchmarks.describing", address]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
     child.stdout.readline()
     work()
     out, _ = child.communicate("stop\n", timeout=60)

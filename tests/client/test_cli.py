@@ -1,0 +1,163 @@
+"""The command line, against a stand-in server."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from client.stand_in import StandIn
+from patchclamp._cli import main
+from patchclamp._reports import numbers
+from patchclamp.v1 import run_pb2
+
+PROMPT = "Fact: the capital of Texas is"
+
+
+@pytest.fixture(autouse=True)
+def _eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_describe(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["describe", "--target", server.target]) == 0
+    shown = capsys.readouterr().out
+    for text in ("stand-in", "StandInForCausalLM", "d_model", "blocks.*.resid_post  all     [pos, 4]", "read only"):
+        assert text in shown
+    assert "pos_embed  positions are rotary" in shown
+    assert "\033" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_describe_as_json(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["describe", "--target", server.target, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["dims"]["d_model"] == 4
+    assert shown["sites"][1]["layers"] == [0, 1]
+    assert shown["name"] == "stand-in"
+    assert shown["absent_sites"] == [{"name": "pos_embed", "layers": [], "reason": "positions are rotary"}]
+
+
+def test_tokenize(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tokenize", PROMPT, "--target", server.target]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split() == ["pos", "id", "token", "characters"]
+    assert shown[7].split() == ["6", "7", "'", "Texas'", "20:26"]
+    assert main(["tokenize", PROMPT, "--target", server.target, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ids"][0] == 0
+
+
+def test_run(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--read", "blocks.*.resid_post", "--read", "blocks.0.resid_pre", "--reduce", "norm", "--loss"]
+    assert main(["run", PROMPT, "--target", server.target, "--logprob", " Austin", "--logprob", "3", *arguments]) == 0
+    shown = capsys.readouterr().out
+    for text in ("8 tokens", "' Austin'", "0.9704", "█", "-1.5000", "1.0000 nats", "blocks.1.resid_post", "norm"):
+        assert text in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    sent = server.seen(run_pb2.RunRequest)[0].runs[0]
+    assert list(sent.logits.logprob_tokens) == [9, 3]
+    assert not sent.logits.values
+
+
+def test_run_as_json(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--read", "resid_post", "--positions", "at:Texas", "--logits", "last", "--json"]
+    assert main(["run", PROMPT, "--target", server.target, *arguments]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["top"][0]["tokens"][0]["text"] == " Austin"
+    assert [read["name"] for read in shown["reads"]] == ["blocks.0.resid_post", "blocks.1.resid_post"]
+    assert np.array(shown["reads"][0]["values"]).shape == (8, 4)
+    assert np.array(shown["logits"]).shape == (1, 12)
+    assert list(server.seen(run_pb2.RunRequest)[0].runs[0].reads[0].positions.indices.indices) == [6]
+
+
+def test_json_has_no_numbers_that_are_none() -> None:
+    values = numbers(np.array([[1.5, -np.inf], [np.inf, np.nan]], np.float32))
+    assert values == [[1.5, "-Infinity"], ["Infinity", "NaN"]]
+    json.dumps(values, allow_nan=False)
+
+
+def test_save(server: StandIn, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "run.npz"
+    assert main(["run", PROMPT, "--target", server.target, "--read", "resid_post", "--save", str(file)]) == 0
+    with np.load(file) as saved:
+        assert set(saved) == {"tokens", "blocks.0.resid_post", "blocks.1.resid_post"}
+        assert saved["blocks.1.resid_post"].shape == (8, 4)
+    assert main(["run", PROMPT, "--target", server.target, "--save", str(tmp_path / "no" / "x.npz")]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "content"),
+    [([PROMPT], "text"), (["0,2", "--ids"], "token_ids"), (["Fact", "--chat"], "chat")],
+)
+def test_forms_of_a_prompt(
+    server: StandIn, capsys: pytest.CaptureFixture[str], arguments: list[str], content: str
+) -> None:
+    assert main(["run", *arguments, "--target", server.target]) == 0
+    assert server.seen(run_pb2.RunRequest)[0].runs[0].prompt.WhichOneof("content") == content
+
+
+def test_the_variables_stand_in_for_options(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATCHCLAMP_TARGET", server.target)
+    monkeypatch.setenv("PATCHCLAMP_TOKEN", "abc")
+    assert main(["describe"]) == 0
+    assert server.metadata[0]["authorization"] == "Bearer abc"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", PROMPT, "--read", "blocks.0.resid_pots"], "did you mean 'blocks.0.resid_post'"),
+        (["run", PROMPT, "--read", "embed", "--reduce", "norm", "--k", "3"], "k: belongs to"),
+        (["run", "1,x", "--ids"], "not a list of token ids"),
+        (["describe", "--target", "nowhere"], "names no port"),
+        (["describe", "--target", "127.0.0.1:1", "--timeout", "5"], "no server answers at 127.0.0.1:1"),
+    ],
+)
+def test_failures_are_a_line_and_a_one(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("patchclamp: ")
+    assert words in shown.err
+    assert "Traceback" not in shown.err
+    assert len(shown.err.splitlines()) <= 4
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["dance"],
+        ["run"],
+        ["run", "x", "--reduce", "max"],
+        ["run", "x", "--positions", "a"],
+        ["run", "x", "--heads", "a"],
+        ["run", "x", "--timeout", "soon"],
+        ["run", "x", "--ids", "--chat"],
+        ["describe", "x"],
+    ],
+)
+def test_wrong_usage_is_a_two(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: patchclamp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["describe"], ["tokenize"], ["run"], ["demo"]])
+def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "usage: patchclamp" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("patchclamp 0.")
