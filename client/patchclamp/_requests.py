@@ -29,6 +29,8 @@ Numerics: TypeAlias = Literal["default", "deterministic", "solo"]
 
 # How many prompts one Tokenize call may bring is the server's to say; so few are always welcome.
 LOOKUPS_PER_CALL = 16
+# How many of the most probable next tokens a run tells unless asked otherwise.
+TOP_K = 5
 
 _NUMERICS: dict[str, run_pb2.Numerics] = {
     "default": run_pb2.NUMERICS_DEFAULT,
@@ -45,7 +47,7 @@ class RunSpec:
     _: KW_ONLY
     read: Reads | None = None
     logits: Logits = "last"
-    top_k: int = 5
+    top_k: int | None = None
     logprobs: TokensLike | None = None
     loss: bool = False
 
@@ -67,7 +69,7 @@ def specs_of(
     *,
     read: Reads | None,
     logits: Logits,
-    top_k: int,
+    top_k: int | None,
     logprobs: TokensLike | None,
     loss: bool,
 ) -> list[RunSpec]:
@@ -126,7 +128,8 @@ class _DraftRun:
         self._logits = None if spec.logits == "none" else spec.logits
         if not isinstance(self._logits, At):
             _positions.to_message(self._logits, f"{path}logits")
-        if not 0 <= operator.index(spec.top_k) < 2**32:
+        self._top_k = (0 if self._logits is None else TOP_K) if spec.top_k is None else operator.index(spec.top_k)
+        if not 0 <= self._top_k < 2**32:
             raise invalid_field(f"{path}top_k", f"{spec.top_k} is not a number of tokens")
 
     def sought(self) -> Iterator[prompt_pb2.Prompt]:
@@ -155,12 +158,12 @@ class _DraftRun:
         self, tokenized: model_pb2.TokenizedPrompt | None, token_ids: dict[str, int]
     ) -> run_pb2.LogitsRequest | None:
         values = self._logits is not None
-        if not (values or self._spec.top_k or self._logprobs):
+        if not (values or self._top_k or self._logprobs):
             return None
         return run_pb2.LogitsRequest(
             positions=_positions.to_message(self._logits, f"{self._path}logits", tokenized),
             values=values,
-            top_k=self._spec.top_k,
+            top_k=self._top_k,
             logprob_tokens=[token_ids[token] if isinstance(token, str) else token for token in self._logprobs],
         )
 

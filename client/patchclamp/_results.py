@@ -36,13 +36,13 @@ class Tokens:
     """Tokens of one prompt, in parallel tuples; iterating gives them one by one.
 
     `strings` keep their spaces. `offsets` are half-open ranges of characters in `text`, empty for tokens that have no
-    text in it. `text` is the prompt, the rendered conversation or the decoded ids; None where it was not sent along.
+    text in it. `text` is the prompt, the rendered conversation or the decoded ids.
     """
 
     ids: tuple[int, ...]
     strings: tuple[str, ...]
     offsets: tuple[tuple[int, int], ...]
-    text: str | None = field(default=None, repr=False)
+    text: str = field(default="", repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from patchclamp._requests import RunSpec
 from patchclamp._results import Activation, Activations, Run, RunSummary, Tokens, TopToken, probability
 from patchclamp._status import error_of_run
 from patchclamp._tensors import IncomingTensor, TensorAssembler, damaged
@@ -25,11 +24,10 @@ def tokens_of(response: model_pb2.TokenizeResponse, request: model_pb2.TokenizeR
 class RunStream:
     """Takes the messages of one stream as they come; `results` gives the runs, or their errors, in request order."""
 
-    def __init__(self, specs: Sequence[RunSpec], request: run_pb2.RunRequest) -> None:
-        self._specs = specs
+    def __init__(self, request: run_pb2.RunRequest) -> None:
         self._request = request
         self._tensors = TensorAssembler()
-        self._arrived: list[_ArrivingRun | Error | None] = [None] * len(specs)
+        self._arrived: list[_ArrivingRun | Error | None] = [None] * len(request.runs)
         self._summary: RunSummary | None = None
 
     def take(self, response: run_pb2.RunResponse) -> None:
@@ -70,9 +68,7 @@ class RunStream:
         if result.HasField("failure"):
             self._arrived[index] = error_of_run(result.failure)
             return
-        prompt = self._specs[index].prompt
-        text = prompt if isinstance(prompt, str) else None
-        self._arrived[index] = _ArrivingRun(result, text, self._request.runs[index], self._tensors)
+        self._arrived[index] = _ArrivingRun(result, self._request.runs[index], self._tensors)
 
 
 def _present(arrived: _ArrivingRun | Error | None) -> _ArrivingRun | Error:
@@ -104,10 +100,8 @@ class _ArrivingRead:
 class _ArrivingRun:
     """A run's result of which chunks may still come."""
 
-    def __init__(
-        self, result: run_pb2.RunResult, text: str | None, asked: run_pb2.RunSpec, tensors: TensorAssembler
-    ) -> None:
-        self._tokens = _tokens(result.tokens, text)
+    def __init__(self, result: run_pb2.RunResult, asked: run_pb2.RunSpec, tensors: TensorAssembler) -> None:
+        self._tokens = _tokens(result.tokens, result.text)
         self._reads = [_arriving_read(read, asked, tensors) for read in result.reads]
         self._positions = tuple(result.logits.positions)
         self._top = _rows([_top_token(top) for top in result.logits.top], len(self._positions))
@@ -161,7 +155,7 @@ def _top_token(message: run_pb2.TokenProbability) -> TopToken:
     return TopToken(message.text, probability(message.logprob), message.id, message.logprob, message.logit)
 
 
-def _tokens(messages: Sequence[prompt_pb2.Token], text: str | None) -> Tokens:
+def _tokens(messages: Sequence[prompt_pb2.Token], text: str) -> Tokens:
     return Tokens(
         ids=tuple(token.id for token in messages),
         strings=tuple(token.text for token in messages),

@@ -81,7 +81,7 @@ class AsyncClient:
         *,
         read: Reads | None = None,
         logits: Logits = "last",
-        top_k: int = 5,
+        top_k: int | None = None,
         logprobs: TokensLike | None = None,
         loss: bool = False,
         numerics: Numerics = "default",
@@ -94,7 +94,7 @@ class AsyncClient:
         *,
         read: Reads | None = None,
         logits: Logits = "last",
-        top_k: int = 5,
+        top_k: int | None = None,
         logprobs: TokensLike | None = None,
         loss: bool = False,
         numerics: Numerics = "default",
@@ -106,7 +106,7 @@ class AsyncClient:
         *,
         read: Reads | None = None,
         logits: Logits = "last",
-        top_k: int = 5,
+        top_k: int | None = None,
         logprobs: TokensLike | None = None,
         loss: bool = False,
         numerics: Numerics = "default",
@@ -120,7 +120,8 @@ class AsyncClient:
             read: Activations to return: names such as `"blocks.*.resid_post"`, or `pc.read(..)` for rows, heads and
                 reductions.
             logits: Rows of the logits to return: `"last"`, `"all"`, positions, or None for none.
-            top_k: How many of the most probable next tokens each of these rows returns (the last row, for None).
+            top_k: How many of the most probable next tokens each of these rows returns. Left out: 5; with `logits=None`
+                none, and then the unembedding is not computed at all.
             logprobs: Tokens, by id or text, whose log-probabilities these rows return.
             loss: Return the loss of every token given those before it.
             numerics: `"default"`; `"deterministic"`: bitwise independent of what else the server does, where
@@ -168,7 +169,7 @@ class AsyncClient:
         draft = Draft(runs, numerics)
         answers = [await self._connection.unary(TOKENIZE, request, deadline) for request in draft.lookups()]
         request = draft.request(answers)
-        stream = RunStream(runs, request)
+        stream = RunStream(request)
         async with aclosing(self._connection.stream(RUN, request, deadline)) as responses:
             async for response in responses:
                 stream.take(response)

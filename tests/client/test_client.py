@@ -164,20 +164,29 @@ def test_one_place_read_twice(client: pc.Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("logits", "sent"),
+    ("logits", "top_k", "sent"),
     [
-        ("last", run_pb2.LogitsRequest(values=True, top_k=5)),
-        (None, run_pb2.LogitsRequest(top_k=5)),
-        ("none", run_pb2.LogitsRequest(top_k=5)),
+        ("last", None, run_pb2.LogitsRequest(values=True, top_k=5)),
+        ("last", 0, run_pb2.LogitsRequest(values=True)),
+        (None, 5, run_pb2.LogitsRequest(top_k=5)),
+        ("none", 5, run_pb2.LogitsRequest(top_k=5)),
     ],
 )
-def test_logits_asked_for(server: StandIn, client: pc.Client, logits: str | None, sent: run_pb2.LogitsRequest) -> None:
-    run = client.run(PROMPT, logits=logits)
+def test_logits_asked_for(
+    server: StandIn, client: pc.Client, logits: str | None, top_k: int | None, sent: run_pb2.LogitsRequest
+) -> None:
+    run = client.run(PROMPT, logits=logits, top_k=top_k)
     found = server.seen(run_pb2.RunRequest)[0].runs[0].logits
     found.ClearField("positions")
     assert found == sent
     assert (run.logits is None) == (not sent.values)
-    assert len(run.top) == 3
+    assert len(run.top) == (3 if sent.top_k else 0)
+
+
+@pytest.mark.parametrize("logits", [None, "none"])
+def test_no_logits_means_that_none_are_computed(server: StandIn, client: pc.Client, logits: str | None) -> None:
+    client.run(PROMPT, logits=logits)
+    assert not server.seen(run_pb2.RunRequest)[0].runs[0].HasField("logits")
 
 
 def test_none_is_nothing(server: StandIn, client: pc.Client) -> None:

@@ -80,7 +80,7 @@ def test_tokens(real: pc.Client) -> None:
     assert real.tokenize(tokens.ids).ids == tokens.ids
     assert real.run(PROMPT).tokens.ids == tokens.ids
     chat = real.tokenize([{"role": "user", "content": "Hello there"}])
-    assert chat.text is not None and "Hello there" in chat.text
+    assert "Hello there" in chat.text
 
 
 def test_a_prediction(real: pc.Client) -> None:

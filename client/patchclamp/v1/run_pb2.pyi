@@ -112,7 +112,7 @@ class TokenProbability(_message.Message):
     def __init__(self, id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., logit: _Optional[float] = ...) -> None: ...
 
 class RunResult(_message.Message):
-    __slots__ = ("run_index", "failure", "tokens", "reads", "logits", "loss", "receipts", "handles", "baseline_logits")
+    __slots__ = ("run_index", "failure", "tokens", "reads", "logits", "loss", "receipts", "handles", "baseline_logits", "text")
     RUN_INDEX_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +122,7 @@ class RunResult(_message.Message):
     RECEIPTS_FIELD_NUMBER: _ClassVar[int]
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     BASELINE_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
     run_index: int
     failure: RunFailure
     tokens: _containers.RepeatedCompositeFieldContainer[_prompt_pb2.Token]
@@ -131,7 +132,8 @@ class RunResult(_message.Message):
     receipts: _containers.RepeatedCompositeFieldContainer[_intervention_pb2.Receipt]
     handles: _containers.RepeatedCompositeFieldContainer[_handle_pb2.Handle]
     baseline_logits: LogitsResult
-    def __init__(self, run_index: _Optional[int] = ..., failure: _Optional[_Union[RunFailure, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[_prompt_pb2.Token, _Mapping]]] = ..., reads: _Optional[_Iterable[_Union[_read_pb2.ReadResult, _Mapping]]] = ..., logits: _Optional[_Union[LogitsResult, _Mapping]] = ..., loss: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., receipts: _Optional[_Iterable[_Union[_intervention_pb2.Receipt, _Mapping]]] = ..., handles: _Optional[_Iterable[_Union[_handle_pb2.Handle, _Mapping]]] = ..., baseline_logits: _Optional[_Union[LogitsResult, _Mapping]] = ...) -> None: ...
+    text: str
+    def __init__(self, run_index: _Optional[int] = ..., failure: _Optional[_Union[RunFailure, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[_prompt_pb2.Token, _Mapping]]] = ..., reads: _Optional[_Iterable[_Union[_read_pb2.ReadResult, _Mapping]]] = ..., logits: _Optional[_Union[LogitsResult, _Mapping]] = ..., loss: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., receipts: _Optional[_Iterable[_Union[_intervention_pb2.Receipt, _Mapping]]] = ..., handles: _Optional[_Iterable[_Union[_handle_pb2.Handle, _Mapping]]] = ..., baseline_logits: _Optional[_Union[LogitsResult, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
 
 class RunSummary(_message.Message):
     __slots__ = ("prompt_tokens", "queue_seconds", "engine_seconds", "fingerprint")

@@ -46,7 +46,9 @@ class ResultRenderer:
         if isinstance(event, RunFailed):
             wire.failure.CopyFrom(run_failure(event.error))
             return
-        fill_tokens(self._tokens[event.run_index], wire.tokens)
+        tokens = self._tokens[event.run_index]
+        wire.text = tokens.text
+        fill_tokens(tokens, wire.tokens)
         for read in event.output.reads:
             self._fill_read(read, wire.reads.add())
         if event.output.logits is not None:
