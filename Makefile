@@ -54,7 +54,7 @@ node-check: $(VENV)/.server tests/node/node_modules/.installed ## call the serve
 	$(BIN)/python tests/node/check.py
 
 bench: $(VENV)/.server ## run the benchmarks (ARGS are theirs)
-	$(BIN)/python -m benchmarks $(ARGS)
+	OMP_NUM_THREADS=1 THP_MEM_ALLOC_ENABLE=1 $(BIN)/python -m benchmarks $(ARGS)
 
 # On a machine that has its packages already, name its Python: make gpu-check GPU_PYTHON=python3. The settings that
 # belong to plugins it may lack are dropped then.

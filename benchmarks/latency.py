@@ -1,7 +1,8 @@
 """What the way through gRPC adds to a short prompt on the bundled model.
 
 The bare side runs plain `transformers` in this process; the other side is `client.run` of the SDK on a server of its
-own, same prompt, same thread count, logits of the last position. Wall time, calls alternating.
+own, same prompt, same thread count, logits of the last position. Wall time, twenty calls of each side in turn, as a
+caller makes them: one after the other.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def run(repeats: int) -> list[Row]:
             "run, top 5 and a read": lambda: client.run(PROMPT, top_k=5, read=["blocks.*.resid_post"]),
             "describe": client.describe,
         }
-        timings = interleaved(sides, repeats, time.perf_counter)
+        timings = interleaved(sides, repeats, time.perf_counter, in_a_row=20)
     bare = timings["bare"].median
     added = {name: (timing.median - bare) * 1e3 for name, timing in timings.items()}
     return [

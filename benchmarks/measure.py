@@ -40,20 +40,28 @@ class Timings:
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.process_time
+    sides: Mapping[str, Callable[[], object]],
+    repeats: int,
+    clock: Callable[[], float] = time.process_time,
+    in_a_row: int = 1,
 ) -> dict[str, Timings]:
     """Times each side in turn, again and again, after one unmeasured round. The order is reversed every other round,
-    so that what one side leaves behind (in caches, in the allocator) does not always meet the same other."""
+    so that what one side leaves behind (in caches, in the allocator) does not always meet the same other. Each turn of
+    a side is several calls in a row where one would find another process asleep."""
     for side in sides.values():
         side()
     found: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for turn in range(repeats):
         for name in names if turn % 2 else reversed(names):
-            began = clock()
-            sides[name]()
-            found[name].append(clock() - began)
+            found[name] += [_seconds(sides[name], clock) for _ in range(in_a_row)]
     return {name: Timings(tuple(seconds)) for name, seconds in found.items()}
+
+
+def _seconds(side: Callable[[], object], clock: Callable[[], float]) -> float:
+    began = clock()
+    side()
+    return clock() - began
 
 
 def table(rows: Sequence[Row]) -> str:

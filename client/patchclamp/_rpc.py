@@ -25,6 +25,7 @@ Response = TypeVar("Response")
 # Results come in chunks of 1 MiB; what does not (tokens, names, top tokens of many rows) stays well below this.
 RECEIVE_LIMIT = 16 << 20
 _FOREVER = 1e8  # three years: more overflows on the way
+_CALLERS_THREAD = "SingleThreadedUnaryStream"  # grpc.experimental.ChannelOptions
 _RETRIED = ("patchclamp.v1.ModelService", "patchclamp.v1.RunService")
 
 
@@ -103,7 +104,9 @@ class Connection:
             if self._closed:
                 raise RuntimeError("this client is closed")
             if self._channel is None:
-                credentials, options = self._config.credentials(), channel_options(self._config)
+                credentials = self._config.credentials()
+                # The caller's thread takes its stream's messages itself, instead of one that is started for every call.
+                options = [*channel_options(self._config), (_CALLERS_THREAD, 1)]
                 if credentials is None:
                     self._channel = grpc.insecure_channel(self._config.target, options=options)
                 else:

@@ -34,6 +34,11 @@ def _serve(config: ServerConfig) -> None:
     # Imported once the settings are known to be right: torch and transformers take seconds.
     import asyncio
 
+    from patchclamp_server.service.process import use_huge_pages
+
+    if config.huge_pages:
+        use_huge_pages()
+
     from patchclamp_server.engine.loading import load_resident
     from patchclamp_server.engine.worker import Worker
     from patchclamp_server.service.server import Ready, serve

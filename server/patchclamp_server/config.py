@@ -47,6 +47,9 @@ class ServerConfig(BaseModel):
         default="auto", description="element type of the weights; auto: the checkpoint's own"
     )
     device_map: str | None = Field(default=None, description="spread the model over devices, for instance auto")
+    huge_pages: bool = Field(
+        default=True, description="back large tensors on the CPU by huge pages where the system offers them (Linux)"
+    )
 
     host: str = Field(default="127.0.0.1", description="address to listen on, or unix:PATH")
     port: Port = Field(default=50051, description="port to listen on; 0 picks a free one and prints it")

@@ -33,6 +33,11 @@ class Tokenizer:
         self._lock = Lock()
         self._special = frozenset(tokenizer.all_special_ids)
         self._pieces: dict[int, str] = {}
+        self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        if self._backend is not None:
+            # A run takes the whole text and nothing else, whatever the tokenizer's file says.
+            self._backend.no_truncation()
+            self._backend.no_padding()
         self._anchor = self._plain_token()
 
     @property
@@ -41,13 +46,12 @@ class Tokenizer:
 
     def encode(self, text: str, *, special_tokens: bool = True) -> Tokens:
         """Tokens of a text; `special_tokens` adds the model's own (such as a leading BOS)."""
-        if not self._tokenizer.is_fast:
+        if self._backend is None:
             return self.describe(self._tokenizer.encode(text, add_special_tokens=special_tokens))
-        with self._lock:
-            encoding = self._tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
-        ids = tuple(encoding["input_ids"])
-        spans = tuple((start, end) for start, end in encoding["offset_mapping"])
-        return Tokens(ids, tuple(map(self.piece, ids)), spans, text)
+        # Not through the wrapper, which keeps state between calls and must not be used from two threads at once.
+        encoding = self._backend.encode(text, add_special_tokens=special_tokens)
+        ids = tuple(encoding.ids)
+        return Tokens(ids, tuple(map(self.piece, ids)), tuple(encoding.offsets), text)
 
     def encode_chat(self, messages: Sequence[tuple[str, str]], *, generation_prompt: bool = True) -> Tokens:
         """Tokens of a conversation of (role, content) pairs, through the model's chat template.

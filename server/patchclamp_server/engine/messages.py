@@ -122,7 +122,8 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class ReadOutput:
-    """What one read gave in one layer, on the host, contiguous, in the dtype asked for."""
+    """What one read gave in one layer, on the host, in the dtype asked for. Values that are one row repeated may be an
+    expanded view of it."""
 
     read_index: int
     hook_point: HookPoint

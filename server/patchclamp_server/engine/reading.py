@@ -110,7 +110,7 @@ class Captures:
             ReadOutput(
                 o.read_index,
                 o.hook_point,
-                o.values.cpu(),
+                _on_host(o.values),
                 None if o.indices is None else o.indices.cpu(),
                 o.positions,
             )
@@ -172,6 +172,17 @@ def reduce(rows: torch.Tensor, reduction: Reduction | None, axis: int) -> tuple[
 
 
 def _detached(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous copy in the dtype asked for, cast on its device: later layers may write in place, and a view would
-    keep the whole batch's activations alive."""
-    return torch.empty(value.shape, dtype=dtype, device=value.device).copy_(value)
+    """A copy in the dtype asked for, cast on its device: later layers may write in place, and a view would keep the
+    whole batch's activations alive. What is one value repeated (a stream per head) stays so."""
+    once = _once(value)
+    copy = torch.empty(once.shape, dtype=dtype, device=value.device).copy_(once)
+    return copy.expand(value.shape)
+
+
+def _on_host(value: torch.Tensor) -> torch.Tensor:
+    return _once(value).cpu().expand(value.shape)
+
+
+def _once(value: torch.Tensor) -> torch.Tensor:
+    """A view without the repetitions of an expanded tensor."""
+    return value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
