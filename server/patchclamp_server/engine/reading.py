@@ -7,7 +7,7 @@ select rows, reduce, cast, copy; what leaves the hook is small.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -106,16 +106,7 @@ class Captures:
     def of_row(self, row: int) -> tuple[ReadOutput, ...]:
         """One run's results on the host: reads in request order, layers ascending."""
         outputs = sorted(self.found.get(row, ()), key=lambda o: (o.read_index, o.hook_point.layer or 0))
-        return tuple(
-            ReadOutput(
-                o.read_index,
-                o.hook_point,
-                _on_host(o.values),
-                None if o.indices is None else o.indices.cpu(),
-                o.positions,
-            )
-            for o in outputs
-        )
+        return tuple(map(_on_host, outputs))
 
     def _reduced(
         self, rows: torch.Tensor, reduction: Reduction | None, site: Site
@@ -174,15 +165,21 @@ def reduce(rows: torch.Tensor, reduction: Reduction | None, axis: int) -> tuple[
 def _detached(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A copy in the dtype asked for, cast on its device: later layers may write in place, and a view would keep the
     whole batch's activations alive. What is one value repeated (a stream per head) stays so."""
-    once = _once(value)
-    copy = torch.empty(once.shape, dtype=dtype, device=value.device).copy_(once)
-    return copy.expand(value.shape)
+    copy = _once(value).to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return copy if copy.shape == value.shape else copy.expand(value.shape)
 
 
-def _on_host(value: torch.Tensor) -> torch.Tensor:
-    return _once(value).cpu().expand(value.shape)
+def _on_host(output: ReadOutput) -> ReadOutput:
+    if output.values.device.type == "cpu":
+        return output
+    values = _once(output.values).cpu().expand(output.values.shape)
+    indices = None if output.indices is None else output.indices.cpu()
+    return replace(output, values=values, indices=indices)
 
 
 def _once(value: torch.Tensor) -> torch.Tensor:
     """A view without the repetitions of an expanded tensor."""
-    return value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
+    strides = value.stride()
+    if 0 not in strides:
+        return value
+    return value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
