@@ -37,11 +37,11 @@ class RunStream:
                 self._take_result(response.result)
             case "chunk":
                 self._tensors.add(response.chunk)
-            case "summary":
-                summary = response.summary
-                self._summary = RunSummary(
-                    summary.prompt_tokens, summary.queue_seconds, summary.engine_seconds, summary.fingerprint
-                )
+        if response.HasField("summary"):
+            summary = response.summary
+            self._summary = RunSummary(
+                summary.prompt_tokens, summary.queue_seconds, summary.engine_seconds, summary.fingerprint
+            )
 
     def results(self) -> list[Run | Error]:
         """What every run gave, once the stream has ended."""

@@ -343,6 +343,13 @@ def test_an_answer_that_does_not_add_up_is_refused(server: StandIn, client: pc.C
     assert caught.value.reason == "DATA_LOSS"
 
 
+def test_the_summary_may_come_with_the_last_result(server: StandIn, client: pc.Client) -> None:
+    server.on_run = lambda request: [
+        run_pb2.RunResponse(result=result(0, request.runs[0]), summary=summary().summary),
+    ]
+    assert client.run(PROMPT).summary.fingerprint == "f0"
+
+
 def test_unknown_messages_of_a_newer_server_are_passed_over(server: StandIn, client: pc.Client) -> None:
     server.on_run = lambda request: [
         run_pb2.RunResponse(),

@@ -95,7 +95,7 @@ async function main([address, prompt, site, layer]) {
     const events = await run(runs, { runs: [{ prompt: { text: prompt }, reads: [read] }] });
     const { result } = events.find(({ event }) => event === "result");
     if (result.failure) throw new Error(`the run failed: ${JSON.stringify(result.failure)}`);
-    if (events.at(-1).event !== "summary") throw new Error("the stream did not end with a summary");
+    if (!events.at(-1).summary) throw new Error("the stream did not end with a summary");
     const { name, values } = result.reads[0];
     const found = {
       model: model.name,

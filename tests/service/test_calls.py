@@ -197,7 +197,7 @@ async def test_one_callers_bad_request_harms_no_neighbour(connect: Connect) -> N
     await failure_of(caller.run(run_pb2.RunRequest()))
     await failure_of(raw(caller, RUN, b"\xff"))
     caller.worker.release()
-    assert len(await good) == 2
+    assert (await good)[-1].HasField("summary")
 
 
 async def test_too_much_waiting_work_is_told_to_come_back(connect: Connect) -> None:

@@ -31,13 +31,19 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
     async def Run(self, request: run_pb2.RunRequest, context: Context) -> None:
         loaded = self._readiness.admit(request.model)
         parsed = await beside_the_loop(request.ByteSize(), parse_run_request, request, loaded, self._config)
-        outlet = Outlet()
+        outlet, left, last = Outlet(), len(parsed.runs), run_pb2.RunResponse()
         renderer = ResultRenderer(parsed.tokens, loaded.tokenizer, outlet)
         with self._jobs.submitted(parsed.runs, seconds=context.time_remaining(), solo=parsed.solo) as job:
             async for event in job:
+                left -= 1
                 response = run_pb2.RunResponse()
                 await beside_the_loop(renderer.effort(event), renderer.fill, event, response.result)
+                if not left and not outlet.waiting:
+                    # The end of the job is next and travels with it: a message less for every short run.
+                    last = response
+                    continue
                 await context.write(response)
                 for chunk in outlet.drain():
                     await context.write(run_pb2.RunResponse(chunk=chunk))
-        await context.write(run_pb2.RunResponse(summary=render_summary(job.done, parsed.prompt_tokens)))
+        last.summary.CopyFrom(render_summary(job.done, parsed.prompt_tokens))
+        await context.write(last)

@@ -66,6 +66,11 @@ class Outlet:
             self._waiting.append((self._next_id, tensor))
             self._next_id += 1
 
+    @property
+    def waiting(self) -> bool:
+        """Whether chunks are to follow."""
+        return bool(self._waiting)
+
     def drain(self) -> Iterator[Chunk]:
         """The chunks of every tensor that waits, in order; afterwards the next message has its room again."""
         waiting, self._waiting, self._room = self._waiting, [], INLINE_BYTES
