@@ -285,8 +285,7 @@ def test_too_much(real: pc.Client, info: pc.ModelInfo) -> None:
 
 
 def test_what_is_not_served(real: pc.Client, info: pc.ModelInfo) -> None:
-    if info.capabilities["numerics.deterministic"]:
-        pytest.skip("this server serves it")
+    assert not info.capabilities["numerics.deterministic"]
     with pytest.raises(pc.Unimplemented) as caught:
         real.run(PROMPT, numerics="deterministic")
     assert caught.value.metadata["arm"] == "numerics.deterministic"
