@@ -102,6 +102,13 @@ def test_an_architecture_that_does_not_fit_is_refused_with_the_reason(model_type
         _load(model)
 
 
+def test_a_mixture_with_plain_layers_states_both_widths() -> None:
+    settings = WIDE_HEADS | EXPERTS | {"moe_intermediate_size": 24, "mlp_only_layers": [0], "decoder_sparse_step": 1}
+    sites = _load(_build("qwen3_moe", settings)).facts.site_info
+    assert (sites[Site.MLP_POST].layers, sites[Site.MLP_POST].axis("d_mlp")) == ((0,), 48)
+    assert (sites[Site.EXPERT_POST].layers, sites[Site.EXPERT_POST].axis("d_mlp")) == ((1,), 24)
+
+
 def test_a_multiplier_on_the_writes_is_found_and_part_of_them() -> None:
     model = _build("granite", PROVED["granite"])
     adapter = _load(model).runner.adapter

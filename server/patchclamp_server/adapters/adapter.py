@@ -16,7 +16,7 @@ from torch import nn
 from patchclamp_server.adapters import taps
 from patchclamp_server.adapters.algebra import Algebra, BlockAlgebra
 from patchclamp_server.adapters.facts import Dims
-from patchclamp_server.adapters.heads import HeadCounts, count_heads, head_views
+from patchclamp_server.adapters.heads import count_heads, head_views
 from patchclamp_server.adapters.layout import Block, Layout, widths
 from patchclamp_server.adapters.norms import Norm, fit
 from patchclamp_server.adapters.probes import Probes, Stage
@@ -97,10 +97,16 @@ class Adapter:
             return special
         d = self.dims
         sizes = {
-            "one": 1, "d_model": d.d_model, "d_head": d.d_head, "d_mlp": d.d_mlp, "d_vocab": d.d_vocab,
+            "one": 1, "d_model": d.d_model, "d_head": d.d_head, "d_mlp": self._neurons(site), "d_vocab": d.d_vocab,
             "head": d.n_heads, "kv_head": d.n_kv_heads, "expert": d.n_experts,
         }  # fmt: skip
         return tuple((axis, sizes.get(axis, 0)) for axis in site.axes)
+
+
+    def _neurons(self, site: Site) -> int:
+        """Neurons at a site. Some mixtures of experts have plain MLPs in their first layers, of another width."""
+        layers = [layer for layer in self._layers(site) if layer is not None]
+        return mlp_width(self.layout.blocks[layers[0]]) if layers else 0
 
 
 _READ_ONLY = {
@@ -257,13 +263,13 @@ class _BlockTaps:
         if any(parameter.is_meta for parameter in parts.output.parameters()):
             yield Site.ATTN_RESULT, "W_O is offloaded from the device"
         yield Site.ATTN_GATE, "this model's attention has no gate"
-        yield from self.scores(counts)
+        yield from self.scores()
         for site, module in ((Site.ATTN_Q_NORM_SCALE, parts.query_norm), (Site.ATTN_K_NORM_SCALE, parts.key_norm)):
             norm = self._norm(module)
             found = taps.norm_scale(self.point(site), norm, heads_first=self._heads_first(module)) if norm else None
             yield site, found or "this model does not norm queries and keys"
 
-    def scores(self, counts: HeadCounts | None) -> Iterator[tuple[Site, Found]]:
+    def scores(self) -> Iterator[tuple[Site, Found]]:
         module = self.block.attention.module
         for site, stage in (
             (Site.ATTN_ROT_Q, Stage.ROT_Q),
