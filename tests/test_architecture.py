@@ -358,6 +358,13 @@ def test_importing_the_sdk_needs_no_server_and_no_torch() -> None:
     assert traces == QUIET
 
 
+def test_the_server_on_the_base_install_says_what_to_install() -> None:
+    code = "import sys; sys.modules['pydantic'] = None; from patchclamp_server.__main__ import main; sys.exit(main([]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'patchclamp[server]'" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_importing_the_ground_floor_leaves_no_traces() -> None:
     ground = [part for part, floor in FLOORS.items() if floor == 1]
     traces = traces_of_importing([f"patchclamp_server.{part}" for part in ground])

@@ -7,15 +7,19 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from patchclamp_server.config import ConfigError, ServerConfig, read_config
-
 if TYPE_CHECKING:
     from patchclamp_server.adapters.load import ModelSource
+    from patchclamp_server.config import ServerConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until SIGTERM or SIGINT. Returns 0; 1 when the engine failed, 2 when the settings are wrong,
     130 when interrupted before it could serve."""
+    try:
+        from patchclamp_server.config import ConfigError, read_config
+    except ModuleNotFoundError as missing:
+        # The base install of the package is the SDK alone.
+        return _fail(f"{missing.name} is not installed; the server needs: pip install 'patchclamp[server]'", 1)
     try:
         config = read_config(arguments)
         _log_to_stderr(config)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
@@ -238,3 +241,46 @@ class Opener:
 
     def __reduce__(self) -> tuple[object, tuple[str, str]]:
         return open, (self.path, "w")
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_a_fault_and_not_left_out(copy: Path) -> None:
+    (copy / "tokenizer.json").write_text("{broken")
+    assert "cannot load the tokenizer" in refused(copy)
+
+
+def test_a_path_that_is_not_there_is_told_as_such(tmp_path: Path) -> None:
+    assert "there is no such directory" in refused(tmp_path / "nowhere")
+
+
+def test_a_home_directory_is_expanded(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert load(Path("~") / copy.name).revision == load(copy).revision
+
+
+def test_a_hub_id_is_loaded_from_the_cache_at_the_revision_asked_for(copy: Path, tmp_path: Path) -> None:
+    """As the hub's client lays its cache out; in a process of its own, which reads where the cache is when it starts."""
+    commits = {"main": "a" * 40, "older": "b" * 40}
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for ref, commit in commits.items():
+        (repository / "refs" / ref).write_text(commit)
+        copytree(copy, repository / "snapshots" / commit)
+    code = (
+        "from patchclamp_server.adapters.load import ModelSource, load_checkpoint\n"
+        "for revision in (None, 'older'):\n"
+        "    source = ModelSource('someone/tiny', 'tiny', revision=revision, device='cpu', offline=True)\n"
+        "    print(load_checkpoint(source, lambda *_: None).revision)\n"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [commits["main"], commits["older"]], done.stderr
+
+
+def test_a_block_whose_mlp_writes_nothing_is_refused_in_words(copy: Path) -> None:
+    weights = load_file(copy / WEIGHTS)
+    for name in weights:
+        if "mlp.c_proj" in name:
+            weights[name] = torch.zeros_like(weights[name])
+    save_file(weights, copy / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(FailedPrecondition, match="could not be solved"):
+        load_resident(ModelSource(str(copy), "zero", device="cpu"), lambda _: None)

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from patchclamp_server.adapters.tokenizer import Tokenizer
+from patchclamp_server.adapters.tokenizer import Tokenizer, TooManyTokens
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'clown' %}{{ raise_exception('no clowns') }}{% endif %}"
@@ -70,3 +70,13 @@ def test_without_a_template_there_is_no_conversation() -> None:
     assert not plain.has_chat_template
     with pytest.raises(ValueError, match="no chat template"):
         plain.encode_chat([("user", "a")])
+
+
+def test_too_long_a_text_is_told_before_its_tokens_are_made(tokenizer: Tokenizer) -> None:
+    count = len(tokenizer.encode(TEXT).ids)
+    assert tokenizer.encode(TEXT, limit=count).ids == tokenizer.encode(TEXT).ids
+    with pytest.raises(TooManyTokens) as caught:
+        tokenizer.encode(TEXT, limit=count - 1)
+    assert caught.value.count == count
+    with pytest.raises(TooManyTokens):
+        tokenizer.encode_chat([("user", TEXT)], limit=2)

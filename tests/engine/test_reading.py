@@ -303,6 +303,19 @@ def test_logits_that_several_forms_ask_for_are_computed_once_and_no_others() -> 
     assert [tuple(call.shape[:2]) for call in calls] == [(1, 6 + 2)]
 
 
+def test_logits_taken_some_rows_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = resident(LLAMA).runner
+    run = RunSpec(IDS, logits=LogitsSpec(Positions(), top_k=3, logprob_tokens=(2, 5)), loss=True)
+    whole = execute(runner, [run])[0]
+    monkeypatch.setattr("patchclamp_server.engine.execution._ROWS_AT_ONCE", 2)
+    parts = execute(runner, [run])[0]
+    assert whole.logits is not None and parts.logits is not None
+    assert whole.loss is not None and parts.loss is not None
+    for name in ("values", "top_ids", "top_logprobs", "top_logits", "logprobs"):
+        assert torch.equal(getattr(whole.logits, name), getattr(parts.logits, name)), name
+    assert torch.equal(whole.loss, parts.loss)
+
+
 def test_a_single_token_has_no_loss() -> None:
     loss = execute(resident(LLAMA).runner, [RunSpec((3,), loss=True)])[0].loss
     assert loss is not None

@@ -17,15 +17,15 @@ from patchclamp.v1 import prompt_pb2 as patchclamp_dot_v1_dot_prompt__pb2
 from patchclamp.v1 import tensor_pb2 as patchclamp_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19patchclamp/v1/model.proto\x12\rpatchclamp.v1\x1a\x1epatchclamp/v1/hook_point.proto\x1a\x1apatchclamp/v1/prompt.proto\x1a\x1apatchclamp/v1/tensor.proto\" \n\x0f\x44\x65scribeRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xbd\x01\n\x04\x44ims\x12\x10\n\x08n_layers\x18\x01 \x01(\r\x12\x0f\n\x07n_heads\x18\x02 \x01(\r\x12\x12\n\nn_kv_heads\x18\x03 \x01(\r\x12\x0f\n\x07\x64_model\x18\x04 \x01(\r\x12\x0e\n\x06\x64_head\x18\x05 \x01(\r\x12\r\n\x05\x64_mlp\x18\x06 \x01(\r\x12\x0f\n\x07\x64_vocab\x18\x07 \x01(\r\x12\r\n\x05n_ctx\x18\x08 \x01(\r\x12\x11\n\tn_experts\x18\t \x01(\r\x12\x1b\n\x13n_experts_per_token\x18\n \x01(\r\"\xf1\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12!\n\x04\x64ims\x18\x04 \x01(\x0b\x32\x13.patchclamp.v1.Dims\x12#\n\x05\x64type\x18\x05 \x01(\x0e\x32\x14.patchclamp.v1.Dtype\x12\x0f\n\x07\x64\x65vices\x18\x06 \x03(\t\x12\x12\n\nparameters\x18\x07 \x01(\x04\x12*\n\x06layout\x18\x08 \x01(\x0e\x32\x1a.patchclamp.v1.BlockLayout\x12\x19\n\x11has_chat_template\x18\t \x01(\x08\"\"\n\x04\x41xis\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\r\"\x9a\x01\n\x08SiteInfo\x12!\n\x04site\x18\x01 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x03(\r\x12!\n\x04\x61xes\x18\x04 \x03(\x0b\x32\x13.patchclamp.v1.Axis\x12\x10\n\x08writable\x18\x05 \x01(\x08\x12\x18\n\x10read_only_reason\x18\x06 \x01(\t\"]\n\nAbsentSite\x12!\n\x04site\x18\x01 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x03(\r\x12\x0e\n\x06reason\x18\x04 \x01(\t\"F\n\rTranscoderSet\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nn_features\x18\x02 \x03(\r\x12\x13\n\x0b\x63ross_layer\x18\x03 \x01(\x08\"\x8c\x01\n\x06Limits\x12\x10\n\x08max_runs\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\x04\x12\x18\n\x10max_result_bytes\x18\x03 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x04\x12\x11\n\tmax_reads\x18\x05 \x01(\r\x12\x14\n\x0cinline_bytes\x18\x06 \x01(\x04\"=\n\nCapability\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tavailable\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xb3\x02\n\x10\x44\x65scribeResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.patchclamp.v1.Model\x12&\n\x05sites\x18\x02 \x03(\x0b\x32\x17.patchclamp.v1.SiteInfo\x12/\n\x0c\x61\x62sent_sites\x18\x03 \x03(\x0b\x32\x19.patchclamp.v1.AbsentSite\x12\x31\n\x0btranscoders\x18\x04 \x03(\x0b\x32\x1c.patchclamp.v1.TranscoderSet\x12%\n\x06limits\x18\x05 \x01(\x0b\x32\x15.patchclamp.v1.Limits\x12/\n\x0c\x63\x61pabilities\x18\x06 \x03(\x0b\x32\x19.patchclamp.v1.Capability\x12\x16\n\x0eserver_version\x18\x07 \x01(\t\"H\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x07prompts\x18\x02 \x03(\x0b\x32\x15.patchclamp.v1.Prompt\"E\n\x0fTokenizedPrompt\x12$\n\x06tokens\x18\x01 \x03(\x0b\x32\x14.patchclamp.v1.Token\x12\x0c\n\x04text\x18\x02 \x01(\t\"C\n\x10TokenizeResponse\x12/\n\x07prompts\x18\x01 \x03(\x0b\x32\x1e.patchclamp.v1.TokenizedPrompt*c\n\x0b\x42lockLayout\x12\x1c\n\x18\x42LOCK_LAYOUT_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x42LOCK_LAYOUT_SEQUENTIAL\x10\x01\x12\x19\n\x15\x42LOCK_LAYOUT_PARALLEL\x10\x02\x32\xa8\x01\n\x0cModelService\x12K\n\x08\x44\x65scribe\x12\x1e.patchclamp.v1.DescribeRequest\x1a\x1f.patchclamp.v1.DescribeResponse\x12K\n\x08Tokenize\x12\x1e.patchclamp.v1.TokenizeRequest\x1a\x1f.patchclamp.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19patchclamp/v1/model.proto\x12\rpatchclamp.v1\x1a\x1epatchclamp/v1/hook_point.proto\x1a\x1apatchclamp/v1/prompt.proto\x1a\x1apatchclamp/v1/tensor.proto\" \n\x0f\x44\x65scribeRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xbd\x01\n\x04\x44ims\x12\x10\n\x08n_layers\x18\x01 \x01(\r\x12\x0f\n\x07n_heads\x18\x02 \x01(\r\x12\x12\n\nn_kv_heads\x18\x03 \x01(\r\x12\x0f\n\x07\x64_model\x18\x04 \x01(\r\x12\x0e\n\x06\x64_head\x18\x05 \x01(\r\x12\r\n\x05\x64_mlp\x18\x06 \x01(\r\x12\x0f\n\x07\x64_vocab\x18\x07 \x01(\r\x12\r\n\x05n_ctx\x18\x08 \x01(\r\x12\x11\n\tn_experts\x18\t \x01(\r\x12\x1b\n\x13n_experts_per_token\x18\n \x01(\r\"\xf1\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12!\n\x04\x64ims\x18\x04 \x01(\x0b\x32\x13.patchclamp.v1.Dims\x12#\n\x05\x64type\x18\x05 \x01(\x0e\x32\x14.patchclamp.v1.Dtype\x12\x0f\n\x07\x64\x65vices\x18\x06 \x03(\t\x12\x12\n\nparameters\x18\x07 \x01(\x04\x12*\n\x06layout\x18\x08 \x01(\x0e\x32\x1a.patchclamp.v1.BlockLayout\x12\x19\n\x11has_chat_template\x18\t \x01(\x08\"\"\n\x04\x41xis\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\r\"\x9a\x01\n\x08SiteInfo\x12!\n\x04site\x18\x01 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x03(\r\x12!\n\x04\x61xes\x18\x04 \x03(\x0b\x32\x13.patchclamp.v1.Axis\x12\x10\n\x08writable\x18\x05 \x01(\x08\x12\x18\n\x10read_only_reason\x18\x06 \x01(\t\"]\n\nAbsentSite\x12!\n\x04site\x18\x01 \x01(\x0e\x32\x13.patchclamp.v1.Site\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x03(\r\x12\x0e\n\x06reason\x18\x04 \x01(\t\"F\n\rTranscoderSet\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nn_features\x18\x02 \x03(\r\x12\x13\n\x0b\x63ross_layer\x18\x03 \x01(\x08\"\xc6\x01\n\x06Limits\x12\x10\n\x08max_runs\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\x04\x12\x18\n\x10max_result_bytes\x18\x03 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x04\x12\x11\n\tmax_reads\x18\x05 \x01(\r\x12\x14\n\x0cinline_bytes\x18\x06 \x01(\x04\x12\x1d\n\x15max_prompt_characters\x18\x07 \x01(\x04\x12\x19\n\x11max_waiting_bytes\x18\x08 \x01(\x04\"=\n\nCapability\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tavailable\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xb3\x02\n\x10\x44\x65scribeResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.patchclamp.v1.Model\x12&\n\x05sites\x18\x02 \x03(\x0b\x32\x17.patchclamp.v1.SiteInfo\x12/\n\x0c\x61\x62sent_sites\x18\x03 \x03(\x0b\x32\x19.patchclamp.v1.AbsentSite\x12\x31\n\x0btranscoders\x18\x04 \x03(\x0b\x32\x1c.patchclamp.v1.TranscoderSet\x12%\n\x06limits\x18\x05 \x01(\x0b\x32\x15.patchclamp.v1.Limits\x12/\n\x0c\x63\x61pabilities\x18\x06 \x03(\x0b\x32\x19.patchclamp.v1.Capability\x12\x16\n\x0eserver_version\x18\x07 \x01(\t\"H\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x07prompts\x18\x02 \x03(\x0b\x32\x15.patchclamp.v1.Prompt\"E\n\x0fTokenizedPrompt\x12$\n\x06tokens\x18\x01 \x03(\x0b\x32\x14.patchclamp.v1.Token\x12\x0c\n\x04text\x18\x02 \x01(\t\"C\n\x10TokenizeResponse\x12/\n\x07prompts\x18\x01 \x03(\x0b\x32\x1e.patchclamp.v1.TokenizedPrompt*c\n\x0b\x42lockLayout\x12\x1c\n\x18\x42LOCK_LAYOUT_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x42LOCK_LAYOUT_SEQUENTIAL\x10\x01\x12\x19\n\x15\x42LOCK_LAYOUT_PARALLEL\x10\x02\x32\xa8\x01\n\x0cModelService\x12K\n\x08\x44\x65scribe\x12\x1e.patchclamp.v1.DescribeRequest\x1a\x1f.patchclamp.v1.DescribeResponse\x12K\n\x08Tokenize\x12\x1e.patchclamp.v1.TokenizeRequest\x1a\x1f.patchclamp.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'patchclamp.v1.model_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_BLOCKLAYOUT']._serialized_start=1692
-  _globals['_BLOCKLAYOUT']._serialized_end=1791
+  _globals['_BLOCKLAYOUT']._serialized_start=1750
+  _globals['_BLOCKLAYOUT']._serialized_end=1849
   _globals['_DESCRIBEREQUEST']._serialized_start=132
   _globals['_DESCRIBEREQUEST']._serialized_end=164
   _globals['_DIMS']._serialized_start=167
@@ -41,17 +41,17 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_TRANSCODERSET']._serialized_start=890
   _globals['_TRANSCODERSET']._serialized_end=960
   _globals['_LIMITS']._serialized_start=963
-  _globals['_LIMITS']._serialized_end=1103
-  _globals['_CAPABILITY']._serialized_start=1105
-  _globals['_CAPABILITY']._serialized_end=1166
-  _globals['_DESCRIBERESPONSE']._serialized_start=1169
-  _globals['_DESCRIBERESPONSE']._serialized_end=1476
-  _globals['_TOKENIZEREQUEST']._serialized_start=1478
-  _globals['_TOKENIZEREQUEST']._serialized_end=1550
-  _globals['_TOKENIZEDPROMPT']._serialized_start=1552
-  _globals['_TOKENIZEDPROMPT']._serialized_end=1621
-  _globals['_TOKENIZERESPONSE']._serialized_start=1623
-  _globals['_TOKENIZERESPONSE']._serialized_end=1690
-  _globals['_MODELSERVICE']._serialized_start=1794
-  _globals['_MODELSERVICE']._serialized_end=1962
+  _globals['_LIMITS']._serialized_end=1161
+  _globals['_CAPABILITY']._serialized_start=1163
+  _globals['_CAPABILITY']._serialized_end=1224
+  _globals['_DESCRIBERESPONSE']._serialized_start=1227
+  _globals['_DESCRIBERESPONSE']._serialized_end=1534
+  _globals['_TOKENIZEREQUEST']._serialized_start=1536
+  _globals['_TOKENIZEREQUEST']._serialized_end=1608
+  _globals['_TOKENIZEDPROMPT']._serialized_start=1610
+  _globals['_TOKENIZEDPROMPT']._serialized_end=1679
+  _globals['_TOKENIZERESPONSE']._serialized_start=1681
+  _globals['_TOKENIZERESPONSE']._serialized_end=1748
+  _globals['_MODELSERVICE']._serialized_start=1852
+  _globals['_MODELSERVICE']._serialized_end=2020
 # @@protoc_insertion_point(module_scope)

@@ -117,20 +117,24 @@ class TranscoderSet(_message.Message):
     def __init__(self, name: _Optional[str] = ..., n_features: _Optional[_Iterable[int]] = ..., cross_layer: bool = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_runs", "max_tokens", "max_result_bytes", "max_message_bytes", "max_reads", "inline_bytes")
+    __slots__ = ("max_runs", "max_tokens", "max_result_bytes", "max_message_bytes", "max_reads", "inline_bytes", "max_prompt_characters", "max_waiting_bytes")
     MAX_RUNS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_RESULT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_READS_FIELD_NUMBER: _ClassVar[int]
     INLINE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_PROMPT_CHARACTERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAITING_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_runs: int
     max_tokens: int
     max_result_bytes: int
     max_message_bytes: int
     max_reads: int
     inline_bytes: int
-    def __init__(self, max_runs: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_result_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_reads: _Optional[int] = ..., inline_bytes: _Optional[int] = ...) -> None: ...
+    max_prompt_characters: int
+    max_waiting_bytes: int
+    def __init__(self, max_runs: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_result_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_reads: _Optional[int] = ..., inline_bytes: _Optional[int] = ..., max_prompt_characters: _Optional[int] = ..., max_waiting_bytes: _Optional[int] = ...) -> None: ...
 
 class Capability(_message.Message):
     __slots__ = ("name", "available", "reason")

@@ -77,17 +77,19 @@ class Read(_message.Message):
     def __init__(self, hook_point: _Optional[_Union[_hook_point_pb2.HookPoint, _Mapping]] = ..., positions: _Optional[_Union[_hook_point_pb2.Positions, _Mapping]] = ..., heads: _Optional[_Iterable[int]] = ..., reduction: _Optional[_Union[Reduction, _Mapping]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ...) -> None: ...
 
 class ReadResult(_message.Message):
-    __slots__ = ("read_index", "hook_point", "name", "values", "indices", "positions")
+    __slots__ = ("read_index", "hook_point", "name", "values", "indices", "positions", "position_range")
     READ_INDEX_FIELD_NUMBER: _ClassVar[int]
     HOOK_POINT_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
     INDICES_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    POSITION_RANGE_FIELD_NUMBER: _ClassVar[int]
     read_index: int
     hook_point: _hook_point_pb2.HookPoint
     name: str
     values: _tensor_pb2.Tensor
     indices: _tensor_pb2.Tensor
     positions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, read_index: _Optional[int] = ..., hook_point: _Optional[_Union[_hook_point_pb2.HookPoint, _Mapping]] = ..., name: _Optional[str] = ..., values: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., indices: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
+    position_range: _hook_point_pb2.PositionRange
+    def __init__(self, read_index: _Optional[int] = ..., hook_point: _Optional[_Union[_hook_point_pb2.HookPoint, _Mapping]] = ..., name: _Optional[str] = ..., values: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., indices: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., positions: _Optional[_Iterable[int]] = ..., position_range: _Optional[_Union[_hook_point_pb2.PositionRange, _Mapping]] = ...) -> None: ...

@@ -102,7 +102,6 @@ class Adapter:
         }  # fmt: skip
         return tuple((axis, sizes.get(axis, 0)) for axis in site.axes)
 
-
     def _neurons(self, site: Site) -> int:
         """Neurons at a site. Some mixtures of experts have plain MLPs in their first layers, of another width."""
         layers = [layer for layer in self._layers(site) if layer is not None]

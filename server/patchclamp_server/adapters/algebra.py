@@ -22,6 +22,8 @@ from patchclamp_server.errors import FailedPrecondition
 
 # Relative misfit that counts as equal: rounding grows with the coarseness of the element type.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+# Multipliers in use are a tenth and more.
+_LEAST_FACTOR = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +124,8 @@ def _parallel(block: Block, recording: Recording, pre: torch.Tensor, post: torch
     columns = torch.stack([_rows(call.value).flatten() for call in calls if call is not None], dim=1)
     target = (post - pre).flatten()
     factors = torch.linalg.lstsq(columns, target[:, None]).solution[:, 0]
-    if _misfit(target, columns @ factors) > _tolerance(recording):
+    # A factor near zero says nothing about its module, as in a block whose MLP writes zeros.
+    if _misfit(target, columns @ factors) > _tolerance(recording) or float(factors.abs().min()) < _LEAST_FACTOR:
         return None
     norms = [call for call in _norms(block, recording) if _same(call.given, pre, recording)]
     return BlockAlgebra(
@@ -146,7 +149,7 @@ def _write_between(
             continue
         factor = float((out * added).sum() / (out * out).sum().clamp_min(1e-30))
         # A factor near zero would make anything fit an empty write.
-        if abs(factor) > 1e-3 and _misfit(added, factor * out) <= _TOLERANCE[_origin(call)]:
+        if abs(factor) >= _LEAST_FACTOR and _misfit(added, factor * out) <= _TOLERANCE[_origin(call)]:
             matches.append(Write(call.module, _round_factor(factor), call.module))
     return next((match for match in matches if match.module is preferred), matches[0] if matches else None)
 

@@ -25,6 +25,14 @@ class Tokens:
     text: str
 
 
+class TooManyTokens(ValueError):
+    """A prompt has more tokens than allowed: `count` of them."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"{count} tokens")
+        self.count = count
+
+
 class Tokenizer:
     """Wraps a `transformers` tokenizer. May be used from several threads: its own state is not safe for that."""
 
@@ -44,19 +52,28 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
-    def encode(self, text: str, *, special_tokens: bool = True) -> Tokens:
-        """Tokens of a text; `special_tokens` adds the model's own (such as a leading BOS)."""
-        if self._backend is None:
-            return self.describe(self._tokenizer.encode(text, add_special_tokens=special_tokens))
-        # Not through the wrapper, which keeps state between calls and must not be used from two threads at once.
-        encoding = self._backend.encode(text, add_special_tokens=special_tokens)
-        ids = tuple(encoding.ids)
-        return Tokens(ids, tuple(map(self.piece, ids)), tuple(encoding.offsets), text)
+    def encode(self, text: str, *, special_tokens: bool = True, limit: int | None = None) -> Tokens:
+        """Tokens of a text; `special_tokens` adds the model's own (such as a leading BOS).
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]], *, generation_prompt: bool = True) -> Tokens:
+        Raises TooManyTokens beyond `limit`, before it spends time and memory on them.
+        """
+        if self._backend is None:
+            ids = self._tokenizer.encode(text, add_special_tokens=special_tokens)
+            _check_count(len(ids), limit)
+            return self.describe(ids)
+        # Not through the wrapper, which keeps state between calls and must not be used from two threads at once. As a
+        # batch of one, because that lets other threads run in the meantime.
+        encoding = self._backend.encode_batch([text], add_special_tokens=special_tokens)[0]
+        _check_count(len(encoding), limit)
+        ids = encoding.ids
+        return Tokens(tuple(ids), tuple(map(self.piece, ids)), tuple(encoding.offsets), text)
+
+    def encode_chat(
+        self, messages: Sequence[tuple[str, str]], *, generation_prompt: bool = True, limit: int | None = None
+    ) -> Tokens:
         """Tokens of a conversation of (role, content) pairs, through the model's chat template.
 
-        Raises ValueError when there is no template or the template refuses the conversation.
+        Raises ValueError when there is no template or the template refuses the conversation, and like `encode`.
         """
         if not self.has_chat_template:
             raise ValueError("this model's tokenizer has no chat template")
@@ -67,7 +84,7 @@ class Tokenizer:
             )
         except (TemplateError, KeyError, TypeError) as fault:
             raise ValueError(f"the chat template refuses this conversation: {fault}") from fault
-        return self.encode(str(text), special_tokens=False)
+        return self.encode(str(text), special_tokens=False, limit=limit)
 
     def describe(self, ids: Sequence[int]) -> Tokens:
         """The same tokens, with the text that they decode to."""
@@ -90,3 +107,8 @@ class Tokenizer:
         """A token that is an ordinary word: decoders treat the first token of a text specially."""
         ids = self._tokenizer.encode("a", add_special_tokens=False)
         return [token for token in ids if token not in self._special][-1:]
+
+
+def _check_count(count: int, limit: int | None) -> None:
+    if limit is not None and count > limit:
+        raise TooManyTokens(count)

@@ -6,7 +6,7 @@ once per row and position, then each form is taken from them on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from patchclamp_server.engine.runner import Batch, Forward, Runner
 from patchclamp_server.hookpoints import HookPoint, Site
 
 _LOGITS = HookPoint(Site.LOGITS)
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,26 +77,38 @@ def _output(row: int, run: RunSpec, rows: LogitRows, logits: torch.Tensor, captu
 
 def _logits(row: int, run: RunSpec, spec: LogitsSpec, rows: LogitRows, logits: torch.Tensor) -> LogitsOutput:
     positions = spec.positions.resolve(len(run.token_ids))
-    chosen = rows.take(logits, row, positions)  # [rows, d_vocab]
-    logprobs = chosen.float().log_softmax(-1) if spec.top_k or spec.logprob_tokens else None
+    parts = [_part(rows.take(logits, row, some), spec) for some in _slices(positions)]
+    columns = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+    return LogitsOutput(positions, *columns)
+
+
+def _part(chosen: torch.Tensor, spec: LogitsSpec) -> tuple[torch.Tensor | None, ...]:
+    """The forms asked for of some rows [rows, d_vocab], on the host, in the order of LogitsOutput's fields."""
+    # What turns logits into log-probabilities, [rows, 1]: one number a row instead of another whole vocabulary.
+    total = chosen.float().logsumexp(-1, keepdim=True)
     top = chosen.float().topk(spec.top_k, dim=-1) if spec.top_k else None
-    return LogitsOutput(
-        positions=positions,
-        values=chosen.to(spec.dtype).cpu() if spec.values else None,
-        top_ids=top.indices.int().cpu() if top else None,
-        top_logprobs=logprobs.gather(-1, top.indices).cpu() if top and logprobs is not None else None,
-        top_logits=top.values.cpu() if top else None,
-        logprobs=logprobs[:, list(spec.logprob_tokens)].cpu() if spec.logprob_tokens and logprobs is not None else None,
+    return (
+        chosen.to(spec.dtype).cpu() if spec.values else None,
+        top.indices.int().cpu() if top else None,
+        (top.values - total).cpu() if top else None,
+        top.values.cpu() if top else None,
+        (chosen[:, list(spec.logprob_tokens)].float() - total).cpu() if spec.logprob_tokens else None,
     )
 
 
 def _loss(row: int, run: RunSpec, rows: LogitRows, logits: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of tokens 1, 2, .. given those before, in nats. float32 [pos - 1]"""
-    if len(run.token_ids) < 2:
-        return torch.empty(0)
-    predictions = rows.take(logits, row, range(len(run.token_ids) - 1)).float()
-    targets = torch.tensor(run.token_ids[1:], device=logits.device)
-    return functional.cross_entropy(predictions, targets, reduction="none").cpu()
+    losses = [torch.empty(0)]
+    for some in _slices(range(len(run.token_ids) - 1)):
+        targets = torch.tensor([run.token_ids[position + 1] for position in some], device=logits.device)
+        predictions = rows.take(logits, row, some).float()
+        losses.append(functional.cross_entropy(predictions, targets, reduction="none").cpu())
+    return torch.cat(losses)
+
+
+def _slices(positions: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Positions, some at a time: copies of their logits are as wide as the vocabulary."""
+    return (positions[start : start + _ROWS_AT_ONCE] for start in range(0, len(positions), _ROWS_AT_ONCE))
 
 
 def _unembed_row(runner: Runner) -> Callable[[int], torch.Tensor]:
