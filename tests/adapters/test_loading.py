@@ -258,7 +258,7 @@ def test_a_home_directory_is_expanded(copy: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_hub_id_is_loaded_from_the_cache_at_the_revision_asked_for(copy: Path, tmp_path: Path) -> None:
-    """As the hub's client lays its cache out; in a process of its own, which reads where the cache is when it starts."""
+    """As the hub's client lays its cache out; in a process of its own, which learns where that is when it starts."""
     commits = {"main": "a" * 40, "older": "b" * 40}
     repository = tmp_path / "hub" / "models--someone--tiny"
     (repository / "refs").mkdir(parents=True)
