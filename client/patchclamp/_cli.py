@@ -33,6 +33,9 @@ PATCHCLAMP_TARGET, PATCHCLAMP_TOKEN and PATCHCLAMP_TIMEOUT stand in for the
 options of these names. `patchclamp COMMAND --help` says more.
 """
 
+# Options that say how `--read` reads.
+_OF_READS = ("positions", "heads", "reduce", "k", "onto", "dtype")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 1 when it failed; argparse leaves with 2 when its usage is wrong."""
@@ -72,6 +75,9 @@ def _tokenize(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    loose = [f"--{name}" for name in _OF_READS if getattr(options, name) not in (None, [])]
+    if loose and not options.read:
+        options.usage_error(f"{', '.join(loose)}: only with --read")
     reads = [
         pc.read(
             hook,
@@ -80,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
             reduce=options.reduce,
             k=options.k,
             onto=[pc.unembed(token) for token in options.onto] or None,
-            dtype=options.dtype,
+            dtype=options.dtype or "float32",
         )
         for hook in options.read
     ]
@@ -200,8 +206,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="HOW",
         help=f"how exact results are: {', '.join(get_args(Numerics))}",
     )
-    run.add_argument("--save", type=Path, metavar="FILE", help="also write every array to this .npz file")
+    run.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="also write every array to this .npz file; what is read twice is numbered",
+    )
     _add_connection(run)
+    run.set_defaults(usage_error=run.error)
 
     demo = _command(commands, "demo", _demo, "start a server with the bundled model and take the guided tour")
     demo.add_argument("--short", action="store_true", help="the short tour")
@@ -247,7 +259,6 @@ def _add_reads(parser: argparse.ArgumentParser) -> None:
     reads.add_argument(
         "--dtype",
         choices=tuple(DTYPES),
-        default="float32",
         metavar="TYPE",
         help="precision that travels: float32 (default), bfloat16 or float16",
     )

@@ -95,6 +95,10 @@ def to_message(
 
 def locate(where: At, tokenized: model_pb2.TokenizedPrompt, field: str) -> list[int]:
     """Positions of the tokens that overlap one occurrence of a text."""
+    if tokenized.tokens and not any(token.text for token in tokenized.tokens):
+        raise invalid_field(
+            field, f"{where} cannot be looked up: this model came without a tokenizer; give positions as numbers"
+        )
     starts = _occurrences(where.text, tokenized.text)
     if not starts:
         raise invalid_field(field, f"{where.text!r} does not occur in {_shortened(tokenized.text)!r}")
@@ -107,7 +111,8 @@ def locate(where: At, tokenized: model_pb2.TokenizedPrompt, field: str) -> list[
     try:
         start = starts[where.occurrence or 0]
     except IndexError:
-        raise invalid_field(field, f"{where} is out of range: the text occurs {len(starts)} times") from None
+        times = "once" if len(starts) == 1 else f"{len(starts)} times"
+        raise invalid_field(field, f"{where} is out of range: the text occurs {times}") from None
     end = start + len(where.text)
     # A token without text of its own (start = end) overlaps nothing.
     found = [i for i, token in enumerate(tokenized.tokens) if max(token.start, start) < min(token.end, end)]

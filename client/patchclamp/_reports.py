@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from patchclamp._model_info import ModelInfo, SiteInfo
-from patchclamp._results import Activation, Run, Tokens
+from patchclamp._results import Activation, Run, Tokens, quoted
 from patchclamp._terminal import Terminal
 
 _READS_SHOWN = 40
@@ -48,7 +49,7 @@ def show_info(info: ModelInfo, terminal: Terminal) -> None:
 def show_tokens(tokens: Tokens, terminal: Terminal) -> None:
     """One token a line."""
     rows = [
-        [str(position), str(token.id), repr(token.text), f"{token.start}:{token.end}"]
+        [str(position), str(token.id), quoted(token.text, token.id), f"{token.start}:{token.end}"]
         for position, token in enumerate(tokens)
     ]
     terminal.table(rows, ["pos", "id", "token", "characters"], right=[0, 1])
@@ -56,21 +57,24 @@ def show_tokens(tokens: Tokens, terminal: Terminal) -> None:
 
 def show_run(run: Run, asked: Sequence[int | str], terminal: Terminal) -> None:
     """Tokens, next tokens and reads. `asked` are the tokens whose log-probabilities were asked for."""
-    terminal.say(terminal.bold(f"{len(run.tokens)} tokens"))
-    terminal.items(list(map(repr, run.tokens.strings)))
+    terminal.say(terminal.bold("1 token" if len(run.tokens) == 1 else f"{len(run.tokens)} tokens"))
+    strings = list(map(quoted, run.tokens.strings, run.tokens.ids))
+    terminal.items(strings)
     for position, row in zip(run.logit_positions, run.top_rows, strict=False):
-        after = run.tokens.strings[position]
-        terminal.say(f"\n{terminal.bold('next token')} {terminal.dim(f'after {after!r}, position {position}')}")
-        terminal.table([[repr(top.text), f"{top.probability:.4f}", terminal.bar(top.probability, 30)] for top in row])
+        after = f"after {strings[position]}, position {position}"
+        terminal.say(f"\n{terminal.bold('next token')} {terminal.dim(after)}")
+        terminal.table(
+            [[quoted(top.text, top.id), f"{top.probability:.4f}", terminal.bar(top.probability, 30)] for top in row]
+        )
     if run.logprobs is not None:
         terminal.say(f"\n{terminal.bold('log-probabilities')}")
         rows = [
-            [str(position), *(f"{value:.4f}" for value in row)]
+            [str(position), *(f"{value:z.4f}" for value in row)]
             for position, row in zip(run.logit_positions, run.logprobs, strict=True)
         ]
         terminal.table(rows, ["pos", *map(repr, asked)], right=range(len(asked) + 1))
     if run.loss is not None:
-        terminal.say(f"\n{terminal.bold('loss')} {run.loss.mean() if run.loss.size else 0:.4f} nats per token")
+        terminal.say(f"\n{terminal.bold('loss')} {run.loss.mean() if run.loss.size else 0:z.4f} nats per token")
     if run.reads:
         terminal.say(f"\n{terminal.bold('reads')}")
         rows = [
@@ -86,7 +90,7 @@ def show_run(run: Run, asked: Sequence[int | str], terminal: Terminal) -> None:
 def _preview(read: Activation) -> str:
     """The first values."""
     values = np.asarray(read).reshape(-1)
-    shown = " ".join(f"{value:.3g}" for value in values[:3])
+    shown = " ".join(f"{value:z.3g}" for value in values[:3])
     return f"{shown} .." if values.size > 3 else shown
 
 
@@ -107,13 +111,19 @@ def _span(layers: tuple[int, ...]) -> str:
 
 
 def arrays(run: Run) -> dict[str, Any]:
-    """Everything numeric in a run, by name."""
+    """Everything numeric in a run, by name; what was read at one place in several ways is numbered."""
     arrays: dict[str, Any] = {"tokens": np.array(run.tokens.ids, np.int64)}
     for name, values in (("logits", run.logits), ("logprobs", run.logprobs), ("loss", run.loss)):
         if values is not None:
             arrays[name] = np.asarray(values)
+    own_names = set(arrays)
+    times = Counter(read.hook_point for read in run.reads.in_order)
+    so_far: Counter[str] = Counter()
     for read in run.reads.in_order:
-        name = read.hook_point if read.hook_point not in arrays else f"{read.hook_point}.read"
+        name = f"{read.hook_point}.read" if read.hook_point in own_names else read.hook_point
+        if times[read.hook_point] > 1:
+            name = f"{name}.{so_far[read.hook_point]}"
+        so_far[read.hook_point] += 1
         arrays[name] = np.asarray(read)
         if read.indices is not None:
             arrays[f"{name}.indices"] = read.indices

@@ -15,6 +15,7 @@ from typing import Any, Literal, SupportsIndex, TypeAlias, TypeGuard, cast
 from patchclamp import _positions, _reads
 from patchclamp._positions import At, Positions, is_whole_number
 from patchclamp._reads import Read
+from patchclamp._results import quoted
 from patchclamp._tensors import damaged
 from patchclamp.errors import FieldViolation, InvalidArgument, invalid_field
 from patchclamp.v1 import model_pb2, prompt_pb2, run_pb2
@@ -136,13 +137,15 @@ class _DraftRun:
         """The prompts whose tokens this run must know."""
         if isinstance(self._logits, At) or any(item.needs_tokens for _, item in self._reads):
             yield self._prompt
-        for text in self._token_texts():
-            yield _bare(text)
+        for field, text in self._token_texts():
+            yield _bare(text, field)
 
     def message(self, found: Mapping[bytes, model_pb2.TokenizedPrompt]) -> run_pb2.RunSpec:
         """The run as it travels."""
         tokenized = found.get(_key(self._prompt))
-        token_ids = {text: _single_token(text, found[_key(_bare(text))], self._path) for text in self._token_texts()}
+        token_ids = {
+            text: _single_token(text, found[_key(_bare(text, field))], field) for field, text in self._token_texts()
+        }
         return run_pb2.RunSpec(
             prompt=self._prompt,
             reads=[_reads.to_message(item, field, tokenized, token_ids) for field, item in self._reads],
@@ -150,9 +153,11 @@ class _DraftRun:
             loss=self._spec.loss,
         )
 
-    def _token_texts(self) -> list[str]:
-        in_reads = [text for _, item in self._reads for text in item.token_texts]
-        return in_reads + [token for token in self._logprobs if isinstance(token, str)]
+    def _token_texts(self) -> Iterator[tuple[str, str]]:
+        """Texts that stand for single tokens, each with the argument that it is in."""
+        for field, item in self._reads:
+            yield from ((f"{field}.onto", text) for text in item.token_texts)
+        yield from ((f"{self._path}logprobs", token) for token in self._logprobs if isinstance(token, str))
 
     def _logits_request(
         self, tokenized: model_pb2.TokenizedPrompt | None, token_ids: dict[str, int]
@@ -195,9 +200,9 @@ def _chat_message(message: ChatMessage, field: str) -> prompt_pb2.ChatMessage:
     return prompt_pb2.ChatMessage(role=_unicode(message["role"], field), content=_unicode(message["content"], field))
 
 
-def _bare(text: str) -> prompt_pb2.Prompt:
+def _bare(text: str, field: str) -> prompt_pb2.Prompt:
     """A text that should be one token: nothing is put before or after it."""
-    return prompt_pb2.Prompt(text=_unicode(text, "token"), omit_special_tokens=True)
+    return prompt_pb2.Prompt(text=_unicode(text, field), omit_special_tokens=True)
 
 
 def _unicode(text: str, field: str) -> str:
@@ -236,15 +241,16 @@ def _named_reads(reads: Reads | None, field: str) -> Iterator[tuple[str, Read]]:
         raise InvalidArgument(field_violations=violations, reason="INVALID_FIELD")
 
 
-def _single_token(text: str, found: model_pb2.TokenizedPrompt, path: str) -> int:
+def _single_token(text: str, found: model_pb2.TokenizedPrompt, field: str) -> int:
     """The id of the one token that a text is."""
     tokens = found.tokens
     if len(tokens) != 1:
-        pieces = ", ".join(repr(token.text) for token in tokens[:8])
-        raise invalid_field(f"{path}token", f"{text!r} is {len(tokens)} tokens ({pieces}); give one token, or its id")
+        pieces = ", ".join(quoted(token.text, token.id) for token in tokens[:8])
+        raise invalid_field(field, f"{text!r} is {len(tokens)} tokens ({pieces}); give one token, or its id")
     # An unknown word becomes one token too; its text tells.
     if tokens[0].text.strip().casefold() != text.strip().casefold():
-        raise invalid_field(f"{path}token", f"{text!r} is no token: the tokenizer makes {tokens[0].text!r} of it")
+        made = quoted(tokens[0].text, tokens[0].id)
+        raise invalid_field(field, f"{text!r} is no token: the tokenizer makes {made} of it")
     return tokens[0].id
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +33,10 @@ class Token:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of one prompt, in parallel tuples; iterating gives them one by one.
+    """Tokens of one prompt, in parallel tuples; iterating gives them one by one, a slice those of a part.
 
     `strings` keep their spaces. `offsets` are half-open ranges of characters in `text`, empty for tokens that have no
-    text in it. `text` is the prompt, the rendered conversation or the decoded ids.
+    text in it. `text` is the whole prompt, the rendered conversation or the decoded ids.
     """
 
     ids: tuple[int, ...]
@@ -47,18 +47,25 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, position: int) -> Token:
+    @overload
+    def __getitem__(self, position: int) -> Token: ...
+    @overload
+    def __getitem__(self, position: slice) -> Tokens: ...
+    def __getitem__(self, position: int | slice) -> Token | Tokens:
+        if isinstance(position, slice):
+            # The text stays whole: offsets count in it.
+            return Tokens(self.ids[position], self.strings[position], self.offsets[position], self.text)
         return Token(self.ids[position], self.strings[position], *self.offsets[position])
 
     def __iter__(self) -> Iterator[Token]:
-        return map(self.__getitem__, range(len(self)))
+        return (self[position] for position in range(len(self)))
 
     def __repr__(self) -> str:
-        shown = " ".join(map(repr, self.strings[:_SHOWN]))
+        shown = " ".join(map(quoted, self.strings[:_SHOWN], self.ids))
         return f"Tokens({len(self)}: {shown}{' …' if len(self) > _SHOWN else ''})"
 
     def _repr_html_(self) -> str:
-        cells = "".join(f"<td><code>{escape(_visible(text))}</code></td>" for text in self.strings)
+        cells = "".join(f"<td><code>{_marked(token.text, token.id)}</code></td>" for token in self)
         ids = "".join(f"<td>{token_id}</td>" for token_id in self.ids)
         positions = "".join(f"<th>{position}</th>" for position in range(len(self)))
         return f"<table><tr>{positions}</tr><tr>{cells}</tr><tr>{ids}</tr></table>"
@@ -78,7 +85,7 @@ class TopToken:
         return iter((self.text, self.probability))
 
     def __repr__(self) -> str:
-        return f"TopToken({self.text!r}, {self.probability:.4f}, id={self.id})"
+        return f"TopToken({quoted(self.text, self.id)}, {self.probability:.4f}, id={self.id})"
 
 
 class Activation(np.ndarray[Any, np.dtype[np.float32]]):
@@ -243,14 +250,14 @@ class Run:
 
     def __repr__(self) -> str:
         parts = [f"tokens={len(self.tokens)}"]
-        parts += [f"top={self.top[0].text!r} {self.top[0].probability:.2f}"] if self.top else []
+        parts += [f"top={quoted(self.top[0].text, self.top[0].id)} {self.top[0].probability:.2f}"] if self.top else []
         parts += [f"loss={float(self.loss.mean()):.2f}"] if self.loss is not None and self.loss.size else []
         parts += [f"reads={len(self.reads.in_order)}"] if self.reads else []
         return f"Run({', '.join(parts)})"
 
     def _repr_html_(self) -> str:
         tops = "".join(
-            f"<tr><td><code>{escape(_visible(top.text))}</code></td><td>{top.probability:.4f}</td></tr>"
+            f"<tr><td><code>{_marked(top.text, top.id)}</code></td><td>{top.probability:.4f}</td></tr>"
             for top in self.top
         )
         reads = "".join(
@@ -269,9 +276,15 @@ def probability(logprob: float) -> float:
     return math.exp(min(logprob, 0.0))
 
 
-def _visible(text: str) -> str:
-    """A token with its spaces and line ends shown."""
-    return text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+def quoted(text: str, token_id: int) -> str:
+    """A token in quotes; its id where it has no text, as all have in a model without a tokenizer."""
+    return repr(text) if text else f"#{token_id}"
+
+
+def _marked(text: str, token_id: int) -> str:
+    """A token as HTML, with its spaces and line ends shown; its id where it has no text."""
+    visible = text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+    return escape(visible or f"#{token_id}")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from patchclamp.errors import Error
 from patchclamp.v1 import model_pb2, prompt_pb2, read_pb2, run_pb2
 
 _REDUCTIONS = {"top_k": "topk"}
+_WITHOUT_POSITIONS = ("last", "mean", "moments")
 
 
 def tokens_of(response: model_pb2.TokenizeResponse, request: model_pb2.TokenizeRequest) -> list[Tokens]:
@@ -102,7 +103,7 @@ class _ArrivingRun:
 
     def __init__(self, result: run_pb2.RunResult, asked: run_pb2.RunSpec, tensors: TensorAssembler) -> None:
         self._tokens = _tokens(result.tokens, result.text)
-        self._reads = [_arriving_read(read, asked, tensors) for read in result.reads]
+        self._reads = [_arriving_read(read, asked, tensors, len(result.tokens)) for read in result.reads]
         self._positions = tuple(result.logits.positions)
         self._top = _rows([_top_token(top) for top in result.logits.top], len(self._positions))
         self._logits = tensors.open(result.logits.values) if result.logits.HasField("values") else None
@@ -128,17 +129,29 @@ class _ArrivingRun:
         return Activation.of(self._logits.array(), "logits", positions=self._positions)
 
 
-def _arriving_read(read: read_pb2.ReadResult, asked: run_pb2.RunSpec, tensors: TensorAssembler) -> _ArrivingRead:
+def _arriving_read(
+    read: read_pb2.ReadResult, asked: run_pb2.RunSpec, tensors: TensorAssembler, length: int
+) -> _ArrivingRead:
     if read.read_index >= len(asked.reads):
         raise damaged(f"a result of read {read.read_index}, which was not asked for")
     kind = asked.reads[read.read_index].reduction.WhichOneof("kind")
     return _ArrivingRead(
         name=read.name,
         reduce=None if kind is None else _REDUCTIONS.get(kind, kind),
-        positions=tuple(read.positions),
+        positions=() if kind in _WITHOUT_POSITIONS else _positions(read, length),
         values=tensors.open(read.values),
         indices=tensors.open(read.indices) if read.HasField("indices") else None,
     )
+
+
+def _positions(read: read_pb2.ReadResult, length: int) -> tuple[int, ...]:
+    """Positions of a read's rows: consecutive ones come as a range."""
+    if not read.HasField("position_range"):
+        return tuple(read.positions)
+    start, stop = read.position_range.start, read.position_range.stop
+    if not 0 <= start <= stop <= length:
+        raise damaged(f"positions {start} to {stop} of {length}")
+    return tuple(range(start, stop))
 
 
 def _rows(top: list[TopToken], rows: int) -> tuple[tuple[TopToken, ...], ...]:

@@ -12,7 +12,6 @@ from patchclamp._config import colour_wanted
 
 _WIDEST = 100
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_LEVELS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
@@ -86,4 +85,4 @@ class Terminal:
                 self.say(f"{' ' * indent}{more.strip()}")
 
     def _painted(self, text: str, code: str) -> str:
-        return f"\033[{code}m{text}\033[0m" if self.colour else text
+        return f"\033[{code}m{text}\033[0m" if self.colour and text else text

@@ -144,12 +144,11 @@ class _Tour:
         self._step("What comes next", CODE_PREDICT)
         run = self.client.run(PROMPT)
         for top in run.top:
-            bar = self.terminal.bar(top.probability, 40)
-            self.terminal.say(f"  {top.text!r:16} {top.probability:6.1%}  {self.terminal.green(bar)}")
+            self._bar(top.text, top.probability)
         self.terminal.say()
         self.terminal.paragraph(
             f"After {PROMPT!r} the model expects {_word(run.top[0].text)}, with a probability of "
-            f"{run.top[0].probability:.0%}. The next steps look at how it got there."
+            f"{run.top[0].probability:.1%}. The next steps look at how it got there."
         )
         return run.top[0]
 
@@ -182,8 +181,7 @@ class _Tour:
         )
         self.terminal.say()
         for text, weight in zip(run.tokens.strings, patterns[layer, head], strict=True):
-            bar = self.terminal.bar(float(weight), 40)
-            self.terminal.say(f"  {text!r:16} {weight:6.1%}  {self.terminal.green(bar)}".rstrip())
+            self._bar(text, float(weight))
 
     def lens(self, info: pc.ModelInfo, answer: pc.TopToken) -> None:
         self._step("What each layer would say", CODE_LENS)
@@ -194,7 +192,7 @@ class _Tour:
         for name, favourite in zip(run.reads, favourites, strict=True):
             logprobs = np.asarray(run[name])[0]
             of_answer = float(logprobs[_ids(run[name]) == answer.id][0])
-            rows.append([name, repr(favourite), f"{np.exp(logprobs[0]):.1%}", f"{of_answer:.2f}"])
+            rows.append([name, repr(favourite), f"{np.exp(logprobs[0]):.1%}", f"{of_answer:z.2f}"])
         header = ["if the model ended at", "it would say", "with", f"log-prob of {answer.text!r}"]
         self.terminal.table(rows, header, right=[2, 3])
         self.terminal.say()
@@ -223,6 +221,10 @@ class _Tour:
         if not info.capabilities.get("interventions"):
             self.terminal.say()
             self.terminal.paragraph("This version reads; it does not edit activations yet.")
+
+    def _bar(self, text: str, fraction: float) -> None:
+        bar = self.terminal.green(self.terminal.bar(fraction, 40))
+        self.terminal.say(f"  {text!r:16} {fraction:6.1%}  {bar}".rstrip())
 
     def _step(self, title: str, code: str) -> None:
         self._steps += 1

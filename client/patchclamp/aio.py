@@ -162,8 +162,9 @@ class AsyncClient:
     ) -> list[Run] | list[Run | Error]:
         """Runs of different kinds in one call and one batch.
 
-        A run that fails does so alone. When all are in, the first failure is raised, with all results in its
-        `results`; with `return_exceptions` the errors stand in the list instead.
+        An invalid run refuses the whole request before anything runs, with `return_exceptions` too. A run that fails
+        in the engine does so alone: when all are in, the first failure is raised, with all results in its `results`;
+        with `return_exceptions` the errors stand in the list instead.
         """
         deadline = Deadline(timeout, self._config.timeout)
         draft = Draft(runs, numerics)

@@ -24,6 +24,7 @@ from patchclamp.v1 import (
     model_pb2,
     model_pb2_grpc,
     prompt_pb2,
+    read_pb2,
     run_pb2,
     run_pb2_grpc,
     tensor_pb2,
@@ -155,7 +156,7 @@ def result(index: int, run: run_pb2.RunSpec) -> run_pb2.RunResult:
                 hook_point=hook_point,
                 name=f"blocks.{layer}.{name}",
                 values=inline(values),
-                positions=range(len(tokens)),
+                position_range=position_range(read, len(tokens)),
             )
     if run.HasField("logits"):
         answer.logits.positions.append(len(tokens) - 1)
@@ -169,6 +170,13 @@ def result(index: int, run: run_pb2.RunSpec) -> run_pb2.RunResult:
     if run.loss:
         answer.loss.CopyFrom(inline(np.ones(len(tokens) - 1, np.float32)))
     return answer
+
+
+def position_range(read: read_pb2.Read, length: int) -> hook_point_pb2.PositionRange | None:
+    """All positions; none where the reduction drops their axis."""
+    if read.reduction.WhichOneof("kind") in ("last", "mean", "moments"):
+        return None
+    return hook_point_pb2.PositionRange(start=0, stop=length)
 
 
 def summary() -> run_pb2.RunResponse:

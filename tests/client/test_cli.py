@@ -1,14 +1,19 @@
 """The command line, against a stand-in server."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import patchclamp as pc
 from client.stand_in import StandIn
 from patchclamp._cli import main
-from patchclamp._reports import numbers
+from patchclamp._reports import arrays, numbers, show_run, show_tokens
+from patchclamp._results import Activations
+from patchclamp._terminal import Terminal
 from patchclamp.v1 import run_pb2
 
 PROMPT = "Fact: the capital of Texas is"
@@ -86,6 +91,58 @@ def test_save(server: StandIn, capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "cannot write" in capsys.readouterr().err
 
 
+def a_run(**changes: Any) -> pc.Run:
+    values: dict[str, Any] = {
+        "tokens": pc.Tokens((11,), ("",), ((0, 0),)),
+        "reads": Activations([]),
+        "logits": None,
+        "logit_positions": (0,),
+        "top_rows": ((pc.TopToken("", 0.9, 9, -0.1, 8.0), pc.TopToken("", 0.0, 3, -99.0, 1.0)),),
+        "logprobs": None,
+        "loss": None,
+        "receipts": (),
+        "summary": pc.RunSummary(1, 0.0, 0.1, "f"),
+    }
+    return pc.Run(**values | changes)
+
+
+def test_tokens_without_text_show_their_ids() -> None:
+    terminal = Terminal(io.StringIO(), width=80, colour=True, blocks=True)
+    run = a_run(logprobs=np.array([[-1e-9]], np.float32))
+    show_run(run, [9], terminal)
+    show_tokens(run.tokens, terminal)
+    shown = terminal.stream.getvalue()  # type: ignore[attr-defined]
+    for text in ("1 token\033", "  #11\n", "after #11, position 0", "  #9  0.9000  █", "  0  11  #11    0:0"):
+        assert text in shown
+    assert "1 tokens" not in shown and "-0.0000" not in shown
+    assert [line for line in shown.splitlines() if line != line.rstrip()] == []
+
+
+def test_an_empty_bar_has_no_colour() -> None:
+    terminal = Terminal(io.StringIO(), width=80, colour=True, blocks=True)
+    assert terminal.green(terminal.bar(0, 40)) == ""
+
+
+def test_saving_one_place_read_in_several_ways() -> None:
+    def read(name: str, value: float) -> pc.Activation:
+        return pc.Activation.of(np.full(1, value, np.float32), name, indices=np.full(1, value, np.int32))
+
+    logits = pc.Activation.of(np.zeros((1, 2), np.float32), "logits")
+    reads = Activations([read("embed", 1), read("blocks.0.attn.z", 2), read("embed", 3), read("logits", 4)])
+    saved = arrays(a_run(reads=reads, logits=logits))
+    assert {name: float(values[0]) for name, values in saved.items() if name not in ("tokens", "logits")} == {
+        "embed.0": 1,
+        "embed.0.indices": 1,
+        "blocks.0.attn.z": 2,
+        "blocks.0.attn.z.indices": 2,
+        "embed.1": 3,
+        "embed.1.indices": 3,
+        "logits.read": 4,
+        "logits.read.indices": 4,
+    }
+    assert saved["logits"].shape == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "content"),
     [([PROMPT], "text"), (["0,2", "--ids"], "token_ids"), (["Fact", "--chat"], "chat")],
@@ -137,6 +194,12 @@ def test_failures_are_a_line_and_a_one(capsys: pytest.CaptureFixture[str], argum
         ["run", "x", "--heads", "a"],
         ["run", "x", "--timeout", "soon"],
         ["run", "x", "--ids", "--chat"],
+        ["run", "x", "--positions", "last"],
+        ["run", "x", "--heads", "0"],
+        ["run", "x", "--reduce", "norm"],
+        ["run", "x", "--k", "0"],
+        ["run", "x", "--onto", "3"],
+        ["run", "x", "--dtype", "float32"],
         ["describe", "x"],
     ],
 )
@@ -145,6 +208,12 @@ def test_wrong_usage_is_a_two(capsys: pytest.CaptureFixture[str], arguments: lis
         main(arguments)
     assert caught.value.code == 2
     assert "usage: patchclamp" in capsys.readouterr().err
+
+
+def test_options_of_reads_alone_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "x", "--reduce", "topk", "--k", "3"])
+    assert "--reduce, --k: only with --read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["describe"], ["tokenize"], ["run"], ["demo"]])

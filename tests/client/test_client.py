@@ -57,6 +57,8 @@ def test_tokenize_one_and_many(server: StandIn, client: pc.Client) -> None:
     assert one.offsets[6] == (20, 26)
     assert (len(one), one.text) == (8, PROMPT)
     assert one[6] == list(one)[6] == pc.Token(7, " Texas", 20, 26)
+    assert one[5:7] == pc.Tokens((6, 7), (" of", " Texas"), ((17, 20), (20, 26)), PROMPT)
+    assert one[-1:][0] == one[-1]
     many = client.tokenize([PROMPT, "Fact"])
     assert [len(tokens) for tokens in many] == [8, 2]
     assert client.tokenize("Fact", special_tokens=False).strings == ("Fact",)
@@ -156,6 +158,28 @@ def test_activations_by_name(client: pc.Client) -> None:
         client.run(PROMPT)["embed"]
 
 
+def test_positions_come_as_a_range_or_one_by_one(server: StandIn, client: pc.Client) -> None:
+    def answer(request: run_pb2.RunRequest) -> Iterator[run_pb2.RunResponse]:
+        answered = result(0, request.runs[0])
+        answered.reads[0].position_range.start = 3
+        for read in answered.reads[1:]:
+            read.ClearField("position_range")
+            read.positions.extend([6, 2])
+        yield run_pb2.RunResponse(result=answered)
+        yield summary()
+
+    server.on_run = answer
+    site = "blocks.0.resid_post"
+    reads: list[str | pc.Read] = [site, site, *(pc.read(site, reduce=how) for how in ("last", "mean", "moments"))]
+    run = client.run(PROMPT, read=reads)
+    assert [read.positions for read in run.reads.in_order] == [(3, 4, 5, 6, 7), (6, 2), (), (), ()]
+
+
+def test_a_reduction_that_drops_the_position_axis_has_no_positions(client: pc.Client) -> None:
+    run = client.run(PROMPT, read=pc.read("blocks.0.resid_post", reduce="mean"))
+    assert run["blocks.0.resid_post"].positions == ()
+
+
 def test_one_place_read_twice(client: pc.Client) -> None:
     run = client.run(PROMPT, read=["blocks.0.resid_post", pc.read("blocks.0.resid_post", reduce="topk", k=2)])
     with pytest.raises(KeyError, match=r"read 2 times \(rows, topk\)"):
@@ -239,8 +263,18 @@ def test_tokens_by_text_are_looked_up_bare(server: StandIn, client: pc.Client) -
     ("token", "words"), [("the capital", "is 2 tokens"), ("Paris", "the tokenizer makes '<unk>' of it")]
 )
 def test_tokens_by_text_must_be_one(client: pc.Client, token: str, words: str) -> None:
-    with pytest.raises(pc.InvalidArgument, match=words):
+    with pytest.raises(pc.InvalidArgument, match=f"^logprobs: .*{words}"):
         client.run(PROMPT, logprobs=token)
+    onto = pc.read("resid_post", reduce="project", onto=[pc.unembed(3), pc.unembed(token)])
+    with pytest.raises(pc.InvalidArgument, match=rf"^read\[1\]\.onto: .*{words}"):
+        client.run(PROMPT, read=["embed", onto])
+    with pytest.raises(pc.InvalidArgument, match=rf"^runs\[1\]\.read\.onto: .*{words}"):
+        client.run_many([pc.RunSpec(PROMPT), pc.RunSpec(PROMPT, read=onto)])
+
+
+def test_half_a_surrogate_pair_names_its_argument(client: pc.Client) -> None:
+    with pytest.raises(pc.InvalidArgument, match=r"^logprobs: character 0"):
+        client.run(PROMPT, logprobs="\ud800")
 
 
 def test_many_lookups_go_in_several_calls(server: StandIn, client: pc.Client) -> None:
@@ -268,6 +302,12 @@ def test_runs_of_different_kinds(server: StandIn, client: pc.Client) -> None:
         client.run_many([])
     with pytest.raises(pc.InvalidArgument, match="numerics: 'exact'"):
         client.run(PROMPT, numerics="exact")  # type: ignore[call-overload]
+
+
+def test_an_invalid_run_refuses_the_request(server: StandIn, client: pc.Client) -> None:
+    server.fail = [Failure(grpc.StatusCode.INVALID_ARGUMENT, "runs[1] is wrong")]
+    with pytest.raises(pc.InvalidArgument, match="is wrong"):
+        client.run_many([pc.RunSpec(PROMPT), pc.RunSpec(PROMPT)], return_exceptions=True)
 
 
 def test_results_come_in_any_order_with_chunks(server: StandIn, client: pc.Client) -> None:
@@ -315,6 +355,10 @@ def stray_chunk(responses: list[run_pb2.RunResponse]) -> None:
     responses.insert(0, run_pb2.RunResponse(chunk=tensor_pb2.TensorChunk(tensor_id=1, data=b"1")))
 
 
+def positions_beyond_the_tokens(responses: list[run_pb2.RunResponse]) -> None:
+    responses[0].result.reads[0].position_range.stop = 2**31 - 1
+
+
 def odd_top(responses: list[run_pb2.RunResponse]) -> None:
     responses[0].result.logits.positions.append(3)
 
@@ -328,6 +372,7 @@ def odd_top(responses: list[run_pb2.RunResponse]) -> None:
         answer_what_was_not_asked,
         read_what_was_not_asked,
         stray_chunk,
+        positions_beyond_the_tokens,
         odd_top,
     ],
 )

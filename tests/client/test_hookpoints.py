@@ -1,5 +1,8 @@
 """Names of hook points: one table, the proto's and the server's alike."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 import patchclamp as pc
@@ -52,12 +55,50 @@ def test_aliases_lead_to_sites_and_hide_none() -> None:
         ("blocks.0.ln1.hook_scale", "blocks.0.ln1.scale"),
         ("blocks.0.ln2.hook_normalized", "blocks.0.ln2.normalized"),
         ("ln_final.hook_scale", "ln_final.scale"),
-        ("ln_final.hook_normalized", "ln_final"),
+        ("ln_final.hook_out", "ln_final"),
+        ("blocks.0.ln1.hook_normalized", "blocks.0.ln1.normalized"),
+        ("blocks.0.ln2_post.hook_scale", "blocks.0.ln2_post.scale"),
+        ("blocks.0.attn.q_norm.hook_scale", "blocks.0.attn.q_norm.scale"),
+        ("blocks.0.attn.hook_out", "blocks.0.attn.out_raw"),
+        ("blocks.0.mlp.hook_out", "blocks.0.mlp.out_raw"),
+        ("blocks.0.mlp.gate.hook_out", "blocks.0.router.logits"),
+        ("blocks.0.mlp.hook_expert_weights", "blocks.0.router.weights"),
     ],
 )
 def test_parses(text: str, canonical: str) -> None:
     assert str(parse(text)) == canonical
     assert parse(canonical) == parse(text)
+
+
+def test_aliases_are_those_of_the_golden_table() -> None:
+    """Where the table writes out both names of a row, in order."""
+    table = (Path(__file__).parents[1] / "golden" / "README.md").read_text().split("## Sites")[1].split("## ")[0]
+    rows = [re.findall(r"^\| (.*?) \| (.*?) \|", line)[0] for line in table.splitlines() if line.startswith("| `")]
+    pairs = {
+        theirs: ours
+        for left, right in rows
+        for ours, theirs in zip(re.findall("`(.*?)`", left), re.findall("`(.*?)`", right), strict=False)
+    }
+    assert len(pairs) >= 22
+    assert {theirs: ALIASES.get(theirs) for theirs in pairs} == pairs
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ln_final.hook_normalized", ["before the final norm's weight and bias", "'ln_final'", "'ln_final.scale'"]),
+        ("blocks.0.ln1.hook_out", ["after the norm's weight", "'ln1.normalized'"]),
+        ("blocks.0.attn.hook_in", ["'attn.in' is the stream before it"]),
+        ("blocks.0.mlp.hook_in", ["'mlp.in' is the stream before it"]),
+        ("unembed.hook_out", ["before the final soft cap"]),
+        ("blocks.0.attn.hook_q_nput", ["did you mean 'blocks.0.attn.q_input'"]),
+    ],
+)
+def test_what_only_resembles_a_site_is_refused(text: str, words: list[str]) -> None:
+    with pytest.raises(pc.InvalidArgument, match="hook") as caught:
+        parse(text)
+    for word in words:
+        assert word in str(caught.value)
 
 
 def test_every_canonical_name_parses_to_itself() -> None:

@@ -8,7 +8,7 @@ import pytest
 import patchclamp as pc
 from client.stand_in import tokenized
 from patchclamp._positions import locate, to_message
-from patchclamp.v1 import hook_point_pb2, prompt_pb2
+from patchclamp.v1 import hook_point_pb2, model_pb2, prompt_pb2
 
 TEXT = "Fact: the capital of Texas is the capital"
 
@@ -101,8 +101,10 @@ def test_at_wants_to_know_which() -> None:
         at("capital")
     assert at("capital", occurrence=0) == [4]
     assert at("capital", occurrence=1) == at("capital", occurrence=-1) == [9]
-    with pytest.raises(pc.InvalidArgument, match="out of range"):
+    with pytest.raises(pc.InvalidArgument, match="out of range: the text occurs 2 times"):
         at("capital", occurrence=2)
+    with pytest.raises(pc.InvalidArgument, match="out of range: the text occurs once"):
+        at("Texas", occurrence=1)
 
 
 def test_at_says_what_does_not_occur() -> None:
@@ -112,6 +114,12 @@ def test_at_says_what_does_not_occur() -> None:
         pc.at("")
     with pytest.raises(TypeError):
         pc.at(3)  # type: ignore[arg-type]
+
+
+def test_at_needs_a_tokenizer() -> None:
+    bare = model_pb2.TokenizedPrompt(tokens=[prompt_pb2.Token(id=11), prompt_pb2.Token(id=12)])
+    with pytest.raises(pc.InvalidArgument, match=r"positions: .*without a tokenizer; give positions as numbers"):
+        locate(pc.at("Dallas"), bare, "positions")
 
 
 def test_reprs_are_what_one_types() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,9 +125,9 @@ def test_every_site_can_be_read_in_its_shape(real: pc.Client, info: pc.ModelInfo
 
 
 def test_transformer_lens_names(real: pc.Client) -> None:
-    run = real.run(PROMPT, read=["blocks.*.hook_resid_post", "blocks.0.attn.hook_z", "ln_final.hook_normalized"])
+    run = real.run(PROMPT, read=["blocks.*.hook_resid_post", "blocks.0.attn.hook_z", "ln_final.hook_out"])
     assert run["blocks.0.attn.hook_z"] is run["blocks.0.attn.z"]
-    assert run["ln_final.hook_normalized"] is run["ln_final"]
+    assert run["ln_final.hook_out"] is run["ln_final"]
 
 
 def test_reductions_are_those_of_numpy(real: pc.Client, info: pc.ModelInfo) -> None:
@@ -146,6 +147,8 @@ def test_reductions_are_those_of_numpy(real: pc.Client, info: pc.ModelInfo) -> N
         ],
     )
     rows, last, mean, norm, moments, top, largest, projected = run.reads.in_order
+    assert last.positions == mean.positions == moments.positions == ()
+    assert norm.positions == top.positions == rows.positions == tuple(range(len(run.tokens)))
     assert_close(last, rows[-1])
     assert_close(mean, rows.mean(0))
     assert_close(norm, np.linalg.norm(rows, axis=-1))
@@ -367,6 +370,11 @@ def test_the_tour(arguments: list[str]) -> None:
     assert (process.returncode, complaints) == (0, "")
     assert "' Austin'" in shown
     assert "logit lens" in shown
+    assert "-0.00" not in shown
+    assert [line for line in shown.splitlines() if line != line.rstrip()] == []
+    percentages = re.findall(r"(\S+)%", shown)
+    assert percentages
+    assert [number for number in percentages if not re.fullmatch(r"\d+\.\d", number)] == []
     assert ("SITE_ABSENT" in shown or "InvalidArgument" in shown) == (not arguments)
     assert max(len(line) for line in shown.splitlines()) <= 80
     assert servers

@@ -117,6 +117,16 @@ def test_what_the_rest_looks_like() -> None:
     assert repr(info.sites) == "Sites(embed, resid_post)"
 
 
+def test_tokens_without_text_show_their_ids() -> None:
+    top = pc.TopToken("", 0.97, 9, math.log(0.97), 8.0)
+    run = a_run(tokens=pc.Tokens((11, 12), ("", ""), ((0, 0), (0, 0))), top_rows=((top,),))
+    assert repr(run) == "Run(tokens=2, top=#9 0.97, reads=2)"
+    assert repr(run.tokens) == "Tokens(2: #11 #12)"
+    assert repr(top) == "TopToken(#9, 0.9700, id=9)"
+    html = run._repr_html_()
+    assert all(f"<code>#{token}</code>" in html for token in (9, 11, 12))
+
+
 def test_notebooks_show_text_as_text() -> None:
     html = a_run()._repr_html_()
     assert "␣Austin" in html and "0.9700" in html
