@@ -113,7 +113,8 @@ class Limits:
     """What one request may ask for; zero: no limit of its own.
 
     Runs; prompt tokens, summed; bytes of reads and logits as they travel; bytes of the request message; reads of one
-    run; the largest tensor that travels in one piece.
+    run; bytes of tensors that one message holds; characters of one prompt given as text; bytes of results that may
+    wait at once, of all callers together.
     """
 
     max_runs: int
@@ -122,6 +123,8 @@ class Limits:
     max_message_bytes: int
     max_reads: int
     inline_bytes: int
+    max_prompt_characters: int
+    max_waiting_bytes: int
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,11 @@ class ServerConfig(BaseModel):
     max_reads: Positive = Field(default=256, description="reads of one run")
     max_result_bytes: Positive = Field(default=4 << 30, description="bytes of one request's reads and logits")
     max_message_bytes: Positive = Field(default=16 << 20, description="bytes of one request message")
+    max_prompt_characters: Positive = Field(default=4_194_304, description="characters of one prompt given as text")
+    max_waiting_bytes: Positive = Field(
+        default=8 << 30,
+        description="bytes of results of all calls in flight together; calls beyond them are told to retry",
+    )
     max_waiting: Positive = Field(default=1024, description="requests that wait for the engine; more are told to retry")
 
     drain_delay: Seconds = Field(

@@ -37,8 +37,8 @@ def between(start: int | None = None, stop: int | None = None) -> hook_point_pb2
     return hook_point_pb2.Positions(range=hook_point_pb2.PositionRange(start=start, stop=stop))
 
 
-def top_k(k: int) -> read_pb2.Reduction:
-    return read_pb2.Reduction(top_k=read_pb2.TopKReduction(k=k))
+def top_k(k: int, *, by_magnitude: bool = False) -> read_pb2.Reduction:
+    return read_pb2.Reduction(top_k=read_pb2.TopKReduction(k=k, by_magnitude=by_magnitude))
 
 
 def lens(k: int) -> read_pb2.Reduction:

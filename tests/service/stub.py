@@ -41,6 +41,7 @@ SITES = (
     SiteInfo(Site.RESID_POST, LAYERS, (("pos", 0), ("d_model", 16))),
     SiteInfo(Site.ATTN_K, LAYERS, (("pos", 0), ("kv_head", 2), ("d_head", 4))),
     SiteInfo(Site.ATTN_Z, LAYERS, (("pos", 0), ("head", 4), ("d_head", 4))),
+    SiteInfo(Site.ATTN_SCORES, LAYERS, (("head", 4), ("query", 0), ("key", 0)), "scores are read only"),
     SiteInfo(Site.ATTN_PATTERN, LAYERS, (("head", 4), ("query", 0), ("key", 0)), "patterns are read only"),
     SiteInfo(Site.MLP_POST, (0, 2), (("pos", 0), ("d_mlp", 24))),
     SiteInfo(Site.LN_FINAL, (), (("pos", 0), ("d_model", 16))),

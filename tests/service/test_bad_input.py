@@ -51,7 +51,7 @@ INVALID = {
     "no runs": (run_pb2.RunRequest(), "runs", "at least one"),
     "no prompt": (run_pb2.RunRequest(runs=[run_pb2.RunSpec()]), "runs[0].prompt", "text, token_ids or chat"),
     "no token ids": (run(prompt=ids()), "runs[0].prompt.token_ids.ids", "at least one token"),
-    "empty text": (run(prompt=text("")), "runs[0].prompt.text", "at least one token"),
+    "empty text": (run(prompt=text("")), "runs[0].prompt.text", "give text, or token ids"),
     "no messages": (run(prompt=chat()), "runs[0].prompt.chat.messages", "at least one message"),
     "id beyond the vocabulary": (run(prompt=ids(1, 50, 2)), "runs[0].prompt.token_ids.ids[1]", "0 .. 49"),
     "unknown numerics": (run_pb2.RunRequest(runs=run().runs, numerics=unknown(9)), "numerics", "DEFAULT or SOLO"),
@@ -93,6 +93,22 @@ INVALID = {
     "top k too wide": (run(read(reduction=top_k(17))), "runs[0].reads[0].reduction.top_k.k", "1 .. 16"),
     "top k of a pattern": (
         run(read("ATTN_PATTERN", reduction=top_k(6))), "runs[0].reads[0].reduction.top_k.k", "1 .. 5"
+    ),
+    "mean of scores": (
+        run(read("ATTN_SCORES", reduction=read_pb2.Reduction(mean={}))), "runs[0].reads[0].reduction.mean", "-inf"
+    ),
+    "norm of scores": (
+        run(read("ATTN_SCORES", reduction=read_pb2.Reduction(norm={}))), "runs[0].reads[0].reduction.norm", "-inf"
+    ),
+    "moments of scores": (
+        run(read("ATTN_SCORES", reduction=read_pb2.Reduction(moments={}))),
+        "runs[0].reads[0].reduction.moments",
+        "reduce attn.pattern instead",
+    ),
+    "scores by magnitude": (
+        run(read("ATTN_SCORES", reduction=top_k(1, by_magnitude=True))),
+        "runs[0].reads[0].reduction.top_k.by_magnitude",
+        "reduce attn.pattern instead",
     ),
     "lens off the stream": (
         run(read("MLP_POST", reduction=lens(1))), "runs[0].reads[0].reduction.logit_lens", "[pos, d_model]"
@@ -191,6 +207,7 @@ INVALID = {
     "logits of no row": (logits(values=True, positions=between(2, 2)), "runs[0].logits.positions", "no position"),
     "logits outside": (logits(values=True, positions=indices(9)), "runs[0].logits.positions.indices.indices[0]", "4"),
     "logits top k": (logits(top_k=51), "runs[0].logits.top_k", "0 .. 50"),
+    "logits top k beyond every limit": (logits(top_k=1 << 31), "runs[0].logits.top_k", "0 .. 50"),
     "log-probability of a stranger": (logits(logprob_tokens=[1, 50]), "runs[0].logits.logprob_tokens[1]", "0 .. 49"),
     "log-probabilities of too many": (logits(logprob_tokens=[1] * 4097), "runs[0].logits.logprob_tokens", "4096"),
     "intervention without an op": (
@@ -241,7 +258,7 @@ async def test_an_absent_site_is_told_with_its_reason_and_those_there_are(caller
     failure = await failure_of(caller.run(run(read("RESID_MID"))))
     assert failure.code == grpc.StatusCode.INVALID_ARGUMENT
     assert failure.info.reason == "SITE_ABSENT"
-    available = "embed, resid_post, attn.k, attn.z, attn.pattern, mlp.post, ln_final"
+    available = "embed, resid_post, attn.k, attn.z, attn.scores, attn.pattern, mlp.post, ln_final"
     assert failure.info.metadata["available"] == available
     violation = failure.violations["runs[0].reads[0].hook_point.site"]
     assert "its blocks are parallel" in violation
@@ -257,7 +274,8 @@ async def test_a_site_absent_in_one_layer_is_told_with_the_layers_that_have_it(c
 
 
 async def test_a_prompt_longer_than_the_context_is_told_with_limit_and_demand(caller: Caller) -> None:
-    for prompt, field in ((ids(*[1] * 33), "token_ids.ids"), (text("w1 " * 33), "text")):
+    prompts = (ids(*[1] * 33), "token_ids.ids"), (text("w1 " * 33), "text"), (chat(("user", "w1 " * 31)), "chat")
+    for prompt, field in prompts:
         failure = await failure_of(caller.run(run(prompt=prompt)))
         assert failure.code == grpc.StatusCode.INVALID_ARGUMENT
         assert failure.info.reason == "PROMPT_TOO_LONG"
@@ -325,8 +343,13 @@ async def test_an_arm_that_is_not_served_is_named_never_ignored(caller: Caller, 
         # 3 layers x 5 positions x 16 entries x 4 bytes
         ("max_result_bytes", 959, run(read()), 960),
         ("max_result_bytes", 479, run(read(dtype="DTYPE_BFLOAT16")), 480),
-        # patterns of 2 of 4 heads and 1 of 5 queries: 3 x 2 x 1 x 5 x 4
-        ("max_result_bytes", 119, run(read("ATTN_PATTERN", heads=[0, 3], positions=span("LAST"))), 120),
+        # patterns of 2 of 4 heads and 4 of 5 queries, twice: 2 x 3 x 2 x 4 x 5 x 4
+        ("max_result_bytes", 959, run(*[read("ATTN_PATTERN", heads=[0, 3], positions=span("ALL", (1,)))] * 2), 960),
+        # but in the making all 4 heads and 5 queries, before and after the softmax: 2 x 4 x 5 x 5 x 4
+        ("max_result_bytes", 799, run(read("ATTN_PATTERN", heads=[0, 3], positions=span("LAST"))), 800),
+        ("max_result_bytes", 799, run(read("ATTN_SCORES", layer=0, positions=span("LAST"))), 800),
+        ("max_prompt_characters", 4, run(prompt=text("w1 w2")), 5),
+        ("max_prompt_characters", 8, run(prompt=chat(("user", "w1"), ("go", "w"))), 9),
         # values and indices of the 2 largest of 5 rows in one layer
         ("max_result_bytes", 79, run(read(layer=0, reduction=top_k(2))), 80),
         ("max_result_bytes", 63, run(read(layer=0, reduction=read_pb2.Reduction(mean={}))), 64),
@@ -360,6 +383,37 @@ async def test_no_more_top_tokens_are_asked_for_than_a_message_holds(
     failure = await failure_of(caller.run(logits(top_k=3, positions=span("ALL"))))
     assert failure.info.reason == "REQUEST_TOO_LARGE"
     assert (failure.info.metadata["limit"], failure.info.metadata["demand"]) == ("14", "15")
+
+
+async def test_no_more_positions_are_listed_than_a_message_holds(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patchclamp_server.service.parse.MOST_LISTED_POSITIONS", 8)
+    caller = await connect()
+    gaps = indices(0, 2, 4)
+    failure = await failure_of(caller.run(run(read(positions=gaps))))
+    assert failure.info.reason == "REQUEST_TOO_LARGE"
+    assert "listed positions of one run's reads" in failure.message
+    assert (failure.info.metadata["limit"], failure.info.metadata["demand"]) == ("8", "9")
+    mean = read_pb2.Reduction(mean={})
+    for fits in (run(*[read(positions=gaps, layer=0)] * 2), run(read()), run(read(positions=gaps, reduction=mean))):
+        assert (await caller.run(fits))[-1].HasField("summary")
+
+
+async def test_an_empty_text_is_refused_even_if_special_tokens_would_fill_it(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make_tokenizer()
+    monkeypatch.setattr(tokenizer, "encode", lambda *_, **__: tokenizer.describe([1]))
+    caller = await connect(StubWorker(tokenizer))
+    assert list((await failure_of(caller.run(run(prompt=text(""))))).violations) == ["runs[0].prompt.text"]
+    prompts = model_pb2.TokenizeRequest(prompts=[text("")])
+    assert list((await failure_of(caller.model.Tokenize(prompts))).violations) == ["prompts[0].text"]
+
+
+async def test_scores_may_be_reduced_by_what_keeps_their_masked_entries(caller: Caller) -> None:
+    for reduction in (top_k(1), read_pb2.Reduction(last={})):
+        assert (await caller.run(run(read("ATTN_SCORES", reduction=reduction))))[-1].HasField("summary")
 
 
 async def test_prompts_of_text_need_a_tokenizer_and_of_chat_a_template(connect: Connect) -> None:

@@ -15,6 +15,10 @@ import pytest
 
 from patchclamp.v1 import model_pb2, run_pb2
 from patchclamp_server.engine.messages import Event, Job, RunSpec
+from patchclamp_server.errors import Overloaded
+from patchclamp_server.service import interceptors
+from patchclamp_server.service.process import hush_departed_callers
+from patchclamp_server.service.run_service import RunServicer
 from service.build import read, run, text
 from service.calls import Caller, failed, failure_of
 from service.conftest import Connect
@@ -210,6 +214,65 @@ async def test_too_much_waiting_work_is_told_to_come_back(connect: Connect) -> N
     assert failure.retry_seconds == 1
     caller.worker.release()
     await waiting
+
+
+async def test_results_that_wait_beyond_the_budget_have_others_come_back(connect: Connect) -> None:
+    large = run(read())  # 960 bytes
+    caller = await connect(StubWorker(hold=True), max_waiting_bytes=959)
+    alone = asyncio.create_task(caller.run(large))
+    await eventually(lambda: caller.worker.waiting == 1)
+    failure = await failure_of(caller.run(run(loss=True)))
+    assert (failure.code, failure.info.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+    assert failure.retry_seconds == 1
+    assert "960 bytes of results" in failure.message
+    caller.worker.release()
+    await alone
+    again = asyncio.create_task(caller.run(large))
+    await eventually(lambda: caller.worker.waiting == 1)
+    caller.worker.release()
+    await again
+
+
+async def test_results_within_the_budget_wait_together(connect: Connect) -> None:
+    caller = await connect(StubWorker(hold=True), max_waiting_bytes=2 * 960)
+    calls = [asyncio.create_task(caller.run(run(read()))) for _ in range(2)]
+    await eventually(lambda: caller.worker.waiting == 2)
+    caller.worker.release()
+    await asyncio.gather(*calls)
+
+
+async def test_a_caller_that_departs_before_a_message_leaves_no_traceback(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def depart(self: RunServicer, request: run_pb2.RunRequest, context: Any) -> None:
+        raise grpc.aio.InternalError("Failed grpc_call_start_batch")
+
+    monkeypatch.setattr(RunServicer, "Run", depart)
+    caller = await connect()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await caller.runs.Run(run(), timeout=2).read()
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_a_caller_that_departs_before_its_status_leaves_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    own = logging.getLogger("grpc._cython.cygrpc")
+    hush_departed_callers()
+    try:
+        own.error("ExecuteBatchError raised in core by servicer method [/patchclamp.v1.RunService/Run]")
+        own.error("Unexpected [ValueError] raised by servicer method [/patchclamp.v1.RunService/Run]")
+    finally:
+        own.filters.clear()
+    assert [record.getMessage().partition(" ")[0] for record in caplog.records] == ["Unexpected"]
+
+
+async def test_a_caller_that_departs_before_its_error_ends_the_call_all_the_same() -> None:
+    class Departed:
+        async def abort(self, *_: object) -> None:
+            raise grpc.aio.InternalError("Failed grpc_call_start_batch")
+
+    context: Any = Departed()
+    with pytest.raises(asyncio.CancelledError):
+        await interceptors._abort(context, Overloaded("later", retry_after=1), "id")
 
 
 @pytest.fixture(autouse=True)

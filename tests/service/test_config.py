@@ -54,6 +54,7 @@ def test_defaults_are_those_of_one_machine() -> None:
     assert (config.serves_reflection, config.device, config.dtype) == (True, "auto", "auto")
     assert (config.max_runs, config.max_tokens, config.max_reads) == (256, 65_536, 256)
     assert (config.max_result_bytes, config.max_message_bytes) == (4 << 30, 16 << 20)
+    assert (config.max_prompt_characters, config.max_waiting_bytes) == (4 << 20, 8 << 30)
 
 
 def test_settings_cannot_be_changed() -> None:

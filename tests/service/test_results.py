@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from patchclamp.v1 import model_pb2, prompt_pb2, run_pb2, tensor_pb2
+from patchclamp.v1 import hook_point_pb2, model_pb2, prompt_pb2, read_pb2, run_pb2, tensor_pb2
 from patchclamp_server.engine.messages import Event, Job, RunFailed, RunSpec
 from patchclamp_server.errors import FailedPrecondition
 from patchclamp_server.service.tensors import INLINE_BYTES, Outlet, chunks, memory
-from service.build import ids, read, run, span, text
+from service.build import ids, indices, read, run, span, text
 from service.calls import Caller
 from service.conftest import Connect
 from service.stub import DIMS, StubWorker, make_tokenizer, ramp
@@ -39,6 +39,29 @@ def only_result(responses: Sequence[run_pb2.RunResponse]) -> run_pb2.RunResult:
     return responses[0].result
 
 
+def between(wire: hook_point_pb2.PositionRange) -> tuple[int, int]:
+    """Both ends of a range, both set."""
+    assert wire.HasField("start") and wire.HasField("stop")
+    return wire.start, wire.stop
+
+
+async def test_positions_are_a_range_where_consecutive_else_a_list_and_nothing_without_their_axis(
+    caller: Caller,
+) -> None:
+    chosen = {(1, 2, 3): (1, 4), (-1,): (4, 5), (0, 2, 4): None, (3, 2, 1): None, (0, 2, 1, 3): None}
+    reads = [read("EMBED", positions=indices(*positions)) for positions in chosen]
+    result = only_result(await caller.run(run(*reads)))
+    for (positions, ends), one in zip(chosen.items(), result.reads, strict=True):
+        assert one.HasField("position_range") == (ends is not None)
+        assert ends is None or between(one.position_range) == ends
+        assert tuple(one.positions) == (positions if ends is None else ())
+    kinds = [read_pb2.Reduction(**{kind: {}}) for kind in ("last", "mean", "moments", "norm")]
+    result = only_result(await caller.run(run(*[read("EMBED", reduction=kind) for kind in kinds])))
+    assert [one.HasField("position_range") for one in result.reads] == [False, False, False, True]
+    result = only_result(await caller.run(run(*[read("EMBED", positions=indices(0, 2), reduction=kinds[1])])))
+    assert not result.reads[0].positions
+
+
 async def test_a_small_run_is_one_message_with_the_summary(caller: Caller) -> None:
     tokenizer = caller.worker.tokenizer
     assert tokenizer is not None
@@ -62,7 +85,8 @@ async def test_a_small_run_is_one_message_with_the_summary(caller: Caller) -> No
         (2, "ln_final"),
     ]
     assert [one.hook_point.HasField("layer") for one in result.reads] == [True] * 4 + [False]
-    assert [list(one.positions) for one in result.reads] == [[0, 1, 2]] * 3 + [[2], [0, 1, 2]]
+    assert [between(one.position_range) for one in result.reads] == [(0, 3)] * 3 + [(2, 3), (0, 3)]
+    assert not any(one.positions for one in result.reads)
     assert torch.equal(values(result.reads[0].values), ramp((3, DIMS.d_model)))
     assert torch.equal(values(result.reads[3].values), ramp((4, 1, 3), torch.bfloat16))
     assert not result.reads[0].HasField("indices")
@@ -164,7 +188,15 @@ async def test_the_request_reaches_the_worker_as_it_was_meant(caller: Caller) ->
 
 
 async def test_describe_tells_sizes_sites_limits_and_capabilities(connect: Connect) -> None:
-    caller = await connect(max_runs=7, max_reads=8, max_tokens=9, max_result_bytes=10, max_message_bytes=1 << 20)
+    caller = await connect(
+        max_runs=7,
+        max_reads=8,
+        max_tokens=9,
+        max_result_bytes=10,
+        max_message_bytes=1 << 20,
+        max_prompt_characters=11,
+        max_waiting_bytes=12,
+    )
     told = await caller.model.Describe(model_pb2.DescribeRequest(model="stub"))
     assert (told.model.name, told.model.revision, told.model.architecture) == ("stub", "r1", "StubForCausalLM")
     assert (told.model.dtype, list(told.model.devices)) == (tensor_pb2.DTYPE_FLOAT32, ["cpu"])
@@ -182,6 +214,7 @@ async def test_describe_tells_sizes_sites_limits_and_capabilities(connect: Conne
     limits = told.limits
     assert (limits.max_runs, limits.max_reads, limits.max_tokens, limits.max_result_bytes) == (7, 8, 9, 10)
     assert (limits.max_message_bytes, limits.inline_bytes) == (1 << 20, INLINE_BYTES)
+    assert (limits.max_prompt_characters, limits.max_waiting_bytes) == (11, 12)
     available = {capability.name for capability in told.capabilities if capability.available}
     assert {"runs", "reads", "numerics.default", "numerics.solo"} <= available
     unavailable = [capability for capability in told.capabilities if not capability.available]

@@ -29,7 +29,8 @@ class RunServiceServicer(object):
     def Run(self, request, context):
         """Runs a batch of prompts in one forward pass each. The stream gives one RunResult per run, in the order in which
         they finish, each followed by the chunks of its large tensors; its last message has the RunSummary. A run that
-        fails in the engine does so alone; a request with an invalid run is refused as a whole, before anything runs. Limits: see Describe. The deadline and cancellation are honoured between layers.
+        fails in the engine does so alone; a request with an invalid run is refused as a whole, before anything runs.
+        Limits: see Describe. The deadline and cancellation are honoured between layers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

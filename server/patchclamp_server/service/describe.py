@@ -81,4 +81,6 @@ def _limits(config: ServerConfig) -> model_pb2.Limits:
         max_message_bytes=config.max_message_bytes,
         max_reads=config.max_reads,
         inline_bytes=INLINE_BYTES,
+        max_prompt_characters=config.max_prompt_characters,
+        max_waiting_bytes=config.max_waiting_bytes,
     )

@@ -96,10 +96,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except Error as error:
             code = code_of(error)
             await _abort(context, error, request_id)
-        except (grpc.aio.AbortError, grpc.aio.InternalError):
-            # The caller is gone: nobody is left to answer.
+        except grpc.aio.AbortError:
             code = grpc.StatusCode.CANCELLED
             raise
+        except grpc.aio.InternalError:
+            code = grpc.StatusCode.CANCELLED
+            raise _gone() from None
         except asyncio.CancelledError:
             code = grpc.StatusCode.DEADLINE_EXCEEDED if context.time_remaining() == 0 else grpc.StatusCode.CANCELLED
             raise
@@ -143,4 +145,13 @@ def _request_id(context: Context) -> str:
 
 async def _abort(context: Context, error: Error, request_id: str) -> NoReturn:
     status = failure(error, request_id)
-    await context.abort(status.code, status.message, status.trailers)
+    try:
+        await context.abort(status.code, status.message, status.trailers)
+    except grpc.aio.InternalError:
+        raise _gone() from None
+
+
+def _gone() -> asyncio.CancelledError:
+    """How a call ends whose caller is gone, so that nobody is left to answer: gRPC's own error for that, which writing
+    then fails with, would leave a traceback in the log."""
+    return asyncio.CancelledError("the caller is gone")

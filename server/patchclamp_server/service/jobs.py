@@ -39,20 +39,24 @@ class Worker(Protocol):
 class Jobs:
     """Submits jobs to the worker and routes its events back. Belongs to one event loop."""
 
-    def __init__(self, worker: Worker, max_waiting: int) -> None:
+    def __init__(self, worker: Worker, max_waiting: int, max_waiting_bytes: int) -> None:
         self._worker = worker
         self._max_waiting = max_waiting
+        self._max_waiting_bytes = max_waiting_bytes
+        self._waiting_bytes = 0
         self._ids = itertools.count(1)
         self._open: dict[int, asyncio.Queue[Event]] = {}
 
     @contextmanager
-    def submitted(self, runs: Sequence[RunSpec], *, seconds: float | None, solo: bool) -> Iterator[RunningJob]:
+    def submitted(
+        self, runs: Sequence[RunSpec], *, seconds: float | None, solo: bool, result_bytes: int
+    ) -> Iterator[RunningJob]:
         """A job that is cancelled when the block is left before its end: by an error, or by the caller's going.
 
-        `seconds` are left until the deadline. Raises Overloaded when too much waits already.
+        `seconds` are left until the deadline. `result_bytes` count as waiting until the block is left: a caller that
+        reads slowly, or not at all, has the server hold them. Raises Overloaded when too much waits already.
         """
-        if self._worker.waiting >= self._max_waiting:
-            raise Overloaded(f"{self._max_waiting} requests are waiting already", retry_after=RETRY_AFTER)
+        self._admit(result_bytes)
         job_id = next(self._ids)
         deadline = None if seconds is None else time.monotonic() + seconds
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -64,14 +68,24 @@ class Jobs:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         self._open[job_id] = events
+        self._waiting_bytes += result_bytes
         running = RunningJob(events)
         try:
             self._worker.submit(Job(job_id, tuple(runs), deadline, solo), emit)
             yield running
         finally:
             del self._open[job_id]
+            self._waiting_bytes -= result_bytes
             if not running.ended:
                 self._worker.cancel(job_id)
+
+    def _admit(self, result_bytes: int) -> None:
+        if self._worker.waiting >= self._max_waiting:
+            raise Overloaded(f"{self._max_waiting} requests are waiting already", retry_after=RETRY_AFTER)
+        # Without others to wait for, a request would be told to retry for ever.
+        if self._waiting_bytes and result_bytes > self._max_waiting_bytes - self._waiting_bytes:
+            text = f"{self._waiting_bytes:,} bytes of results are waiting to be sent already"
+            raise Overloaded(text, retry_after=RETRY_AFTER)
 
     def fail(self, error: Error) -> None:
         """Ends every job in flight: the worker will not answer any more."""

@@ -9,26 +9,30 @@ from patchclamp_server.adapters.tokenizer import Tokens
 from patchclamp_server.config import ServerConfig
 from patchclamp_server.engine.messages import Loaded, LogitsSpec, ReadSpec, RunSpec
 from patchclamp_server.errors import NotServed, TooLarge
-from patchclamp_server.positions import LAST, Positions
-from patchclamp_server.service.prompts import parse_prompt
+from patchclamp_server.hookpoints import Site
+from patchclamp_server.service.prompts import PromptParser
 from patchclamp_server.service.reads import ReadParser
-from patchclamp_server.service.selection import parse_positions
+from patchclamp_server.service.selection import LAST_ROW, Selection, parse_positions
 from patchclamp_server.service.tensors import RESULT_DTYPES
 from patchclamp_server.service.violations import Violations
 
 MOST_LOGPROB_TOKENS = 4096
 # The most probable tokens come one by one, with their text, inside the result: this many stay below 4 MiB.
 MOST_TOP_TOKENS = 65_536
+# Likewise positions that are not consecutive, three bytes each, in every layer anew.
+MOST_LISTED_POSITIONS = 262_144
 _TOP_TOKEN_BYTES = 24
+_ATTENTION = (Site.ATTN_SCORES, Site.ATTN_PATTERN)
 
 
 @dataclass(frozen=True, eq=False)
 class ParsedRequest:
-    """The runs of a request, with the tokens of each prompt."""
+    """The runs of a request, with the tokens of each prompt, and the bytes of all that they return."""
 
     runs: tuple[RunSpec, ...]
     tokens: tuple[Tokens, ...]
     solo: bool
+    result_bytes: int
 
     @property
     def prompt_tokens(self) -> int:
@@ -43,18 +47,17 @@ def parse_run_request(request: run_pb2.RunRequest, loaded: Loaded, config: Serve
     parser = RunParser(loaded, config, found)
     runs = [parser.parse(wire, f"runs[{index}]") for index, wire in enumerate(request.runs)]
     found.raise_any()
-    if parser.result_bytes > config.max_result_bytes:
-        raise TooLarge("bytes of reads and logits", limit=config.max_result_bytes, demand=parser.result_bytes)
+    parser.raise_excess()
     specs = tuple(spec for spec in runs if spec is not None)
-    return ParsedRequest(specs, tuple(parser.tokens), solo)
+    return ParsedRequest(specs, tuple(parser.tokens), solo, parser.result_bytes)
 
 
 def parse_tokenize_request(request: model_pb2.TokenizeRequest, loaded: Loaded, config: ServerConfig) -> list[Tokens]:
     """The tokens of every prompt. Raises like `parse_run_request`."""
     found = Violations()
     _check_count(len(request.prompts), "prompts", config, found)
-    meter = TokenMeter(config.max_tokens)
-    prompts = (parse_prompt(wire, f"prompts[{i}]", loaded, found) for i, wire in enumerate(request.prompts))
+    meter, parser = TokenMeter(config.max_tokens), PromptParser(loaded, config.max_prompt_characters, found)
+    prompts = (parser.parse(wire, f"prompts[{i}]") for i, wire in enumerate(request.prompts))
     valid = [meter.take(tokens) for tokens in prompts if tokens is not None]
     found.raise_any()
     return valid
@@ -100,14 +103,23 @@ class RunParser:
         self._loaded = loaded
         self._config = config
         self._found = found
+        self._excess: TooLarge | None = None
+        self._prompts = PromptParser(loaded, config.max_prompt_characters, found)
         self._reads = ReadParser(loaded.facts, found)
+
+    def raise_excess(self) -> None:
+        """Raises TooLarge for the first limit that the request exceeds: asked only once all its fields are valid,
+        because an invalid one can make any demand."""
+        self._cap("bytes of reads and logits", self._config.max_result_bytes, self.result_bytes)
+        if self._excess is not None:
+            raise self._excess
 
     def parse(self, wire: run_pb2.RunSpec, path: str) -> RunSpec | None:
         """One run; None when its prompt is invalid."""
         _refuse_unserved(wire)
         for index, intervention in enumerate(wire.interventions):
             self._refuse_intervention(intervention, f"{path}.interventions[{index}]")
-        tokens = parse_prompt(wire.prompt, f"{path}.prompt", self._loaded, self._found)
+        tokens = self._prompts.parse(wire.prompt, f"{path}.prompt")
         if tokens is not None:
             self.tokens.append(self._meter.take(tokens))
         length = None if tokens is None else len(tokens.ids)
@@ -130,25 +142,37 @@ class RunParser:
         reads = (self._reads.parse(read, f"{path}.reads[{i}]", length) for i, read in enumerate(wire.reads))
         valid = [read for read in reads if read is not None]
         self.result_bytes += sum(read.result_bytes for read in valid)
+        listed = sum(read.listed_positions for read in valid)
+        self._cap("listed positions of one run's reads", MOST_LISTED_POSITIONS, listed)
+        if length is not None and any(read.spec.site in _ATTENTION for read in valid):
+            self._cap_attention(length)
         return tuple(read.spec for read in valid)
+
+    def _cap_attention(self, length: int) -> None:
+        """Scores and patterns are computed whole, side by side, in float32, however little of them is read."""
+        demand = 2 * 4 * self._loaded.facts.dims.n_heads * length**2
+        self._cap("bytes of attention scores of one run", self._config.max_result_bytes, demand)
+
+    def _cap(self, what: str, limit: int, demand: int) -> None:
+        if demand > limit and self._excess is None:
+            self._excess = TooLarge(what, limit=limit, demand=demand)
 
     def _parse_logits(self, wire: run_pb2.LogitsRequest, path: str, length: int | None) -> LogitsSpec | None:
         dtype = RESULT_DTYPES.get(wire.dtype)
         if dtype is None:
             self._found.add(f"{path}.dtype", "must be float32, bfloat16 or float16")
         self._check_tokens(wire, path)
-        selection = (LAST, 1) if not wire.HasField("positions") else self._rows(wire, f"{path}.positions", length)
+        selection = LAST_ROW if not wire.HasField("positions") else self._rows(wire, f"{path}.positions", length)
         if selection is None or dtype is None:
             return None
-        positions, rows = selection
-        if rows * wire.top_k > MOST_TOP_TOKENS:
-            raise TooLarge("most probable tokens of one run", limit=MOST_TOP_TOKENS, demand=rows * wire.top_k)
+        rows = selection.rows
+        self._cap("most probable tokens of one run", MOST_TOP_TOKENS, rows * wire.top_k)
         row_bytes = self._loaded.facts.dims.d_vocab * dtype.itemsize if wire.values else 0
         row_bytes += wire.top_k * _TOP_TOKEN_BYTES + 4 * len(wire.logprob_tokens)
         self.result_bytes += rows * row_bytes
-        return LogitsSpec(positions, wire.values, dtype, wire.top_k, tuple(wire.logprob_tokens))
+        return LogitsSpec(selection.positions, wire.values, dtype, wire.top_k, tuple(wire.logprob_tokens))
 
-    def _rows(self, wire: run_pb2.LogitsRequest, path: str, length: int | None) -> tuple[Positions, int] | None:
+    def _rows(self, wire: run_pb2.LogitsRequest, path: str, length: int | None) -> Selection | None:
         return None if length is None else parse_positions(wire.positions, path, length, self._found)
 
     def _check_tokens(self, wire: run_pb2.LogitsRequest, path: str) -> None:

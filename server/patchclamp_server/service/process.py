@@ -30,6 +30,16 @@ def use_huge_pages() -> None:
     os.putenv("THP_MEM_ALLOC_ENABLE", "1")
 
 
+def hush_departed_callers() -> None:
+    """Keeps out of the log that gRPC could not send a status any more: it does so behind the servicer, so that a caller
+    who leaves at the very end of a call would leave a traceback too."""
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_departure)
+
+
+def _is_no_departure(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("ExecuteBatchError raised in core")
+
+
 def freeze_loaded() -> None:
     """Takes what is loaded by now out of garbage collection: searching it again stops all calls for a tenth of a
     second, and what serves until the end is never garbage."""

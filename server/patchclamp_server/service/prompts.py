@@ -5,76 +5,110 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from patchclamp.v1 import prompt_pb2
-from patchclamp_server.adapters.tokenizer import Tokenizer, Tokens
+from patchclamp_server.adapters.tokenizer import Tokenizer, Tokens, TooManyTokens
 from patchclamp_server.engine.messages import Loaded
-from patchclamp_server.errors import FailedPrecondition
+from patchclamp_server.errors import FailedPrecondition, TooLarge
 from patchclamp_server.service.violations import Violations
 
 
-def parse_prompt(wire: prompt_pb2.Prompt, path: str, loaded: Loaded, found: Violations) -> Tokens | None:
-    """The tokens of a prompt, one at least and at most the model's context; None when invalid."""
-    match wire.WhichOneof("content"):
-        case "text":
-            where = f"{path}.text"
-            tokens = _tokenizer(loaded).encode(wire.text, special_tokens=not wire.omit_special_tokens)
-        case "token_ids":
-            return _from_ids(wire.token_ids.ids, f"{path}.token_ids.ids", loaded, found)
-        case "chat":
-            where, conversation = f"{path}.chat", _conversation(wire.chat, f"{path}.chat", loaded, found)
-            if conversation is None:
+class PromptParser:
+    """Turns the prompts of one request into tokens; notes what is wrong with them.
+
+    A text too long to be tokenized at all raises TooLarge: tokenizing it only to name all that is wrong with the
+    request is what the limit is there to prevent.
+    """
+
+    def __init__(self, loaded: Loaded, max_characters: int, found: Violations) -> None:
+        self._tokenizer = loaded.tokenizer
+        self._dims = loaded.facts.dims
+        self._max_characters = max_characters
+        self._found = found
+
+    def parse(self, wire: prompt_pb2.Prompt, path: str) -> Tokens | None:
+        """The tokens of a prompt, one at least and at most the model's context; None when invalid."""
+        match wire.WhichOneof("content"):
+            case "text":
+                where = f"{path}.text"
+                tokens = self._from_text(wire, where)
+            case "token_ids":
+                return self._from_ids(wire.token_ids.ids, f"{path}.token_ids.ids")
+            case "chat":
+                where = f"{path}.chat"
+                tokens = self._from_chat(wire.chat, where)
+            case _:
+                self._found.add(path, "a prompt is needed: text, token_ids or chat")
                 return None
-            tokens = conversation
-        case _:
-            found.add(path, "a prompt is needed: text, token_ids or chat")
+        return tokens if tokens is not None and self._fits(tokens.ids, where) else None
+
+    def _from_text(self, wire: prompt_pb2.Prompt, path: str) -> Tokens | None:
+        tokenizer = self._needed_tokenizer()
+        if not wire.text:
+            # Also where a BOS would make it one token: nobody means to ask about that alone by leaving the text out.
+            self._found.add(path, "empty; give text, or token ids")
             return None
-    return tokens if _fits(tokens.ids, where, loaded, found) else None
+        self._check_characters(len(wire.text))
+        try:
+            return tokenizer.encode(wire.text, special_tokens=not wire.omit_special_tokens, limit=self._limit)
+        except TooManyTokens as excess:
+            self._refuse_length(excess.count, path)
+            return None
 
+    def _from_ids(self, ids: Sequence[int], path: str) -> Tokens | None:
+        if not self._fits(ids, path):
+            return None
+        if self._tokenizer is None:
+            return Tokens(tuple(ids), ("",) * len(ids), ((0, 0),) * len(ids), "")
+        return self._tokenizer.describe(ids)
 
-def _tokenizer(loaded: Loaded) -> Tokenizer:
-    if loaded.tokenizer is None:
-        raise FailedPrecondition("this model came without a tokenizer: send token ids")
-    return loaded.tokenizer
-
-
-def _from_ids(ids: Sequence[int], path: str, loaded: Loaded, found: Violations) -> Tokens | None:
-    if not _fits(ids, path, loaded, found):
+    def _from_chat(self, wire: prompt_pb2.Chat, path: str) -> Tokens | None:
+        tokenizer = self._needed_tokenizer()
+        if not tokenizer.has_chat_template:
+            raise FailedPrecondition("this model's tokenizer has no chat template: send text or token ids")
+        if not wire.messages:
+            self._found.add(f"{path}.messages", "at least one message is needed")
+            return None
+        messages = [(message.role, message.content) for message in wire.messages]
+        self._check_characters(sum(len(role) + len(content) for role, content in messages))
+        try:
+            return tokenizer.encode_chat(messages, generation_prompt=not wire.omit_generation_prompt, limit=self._limit)
+        except TooManyTokens as excess:
+            self._refuse_length(excess.count, path)
+        except ValueError as fault:
+            self._found.add(f"{path}.messages", str(fault))
         return None
-    if loaded.tokenizer is None:
-        return Tokens(tuple(ids), ("",) * len(ids), ((0, 0),) * len(ids), "")
-    return loaded.tokenizer.describe(ids)
 
+    def _needed_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise FailedPrecondition("this model came without a tokenizer: send token ids")
+        return self._tokenizer
 
-def _conversation(wire: prompt_pb2.Chat, path: str, loaded: Loaded, found: Violations) -> Tokens | None:
-    tokenizer = _tokenizer(loaded)
-    if not tokenizer.has_chat_template:
-        raise FailedPrecondition("this model's tokenizer has no chat template: send text or token ids")
-    if not wire.messages:
-        found.add(f"{path}.messages", "at least one message is needed")
-        return None
-    messages = [(message.role, message.content) for message in wire.messages]
-    try:
-        return tokenizer.encode_chat(messages, generation_prompt=not wire.omit_generation_prompt)
-    except ValueError as fault:
-        found.add(f"{path}.messages", str(fault))
-        return None
+    @property
+    def _limit(self) -> int | None:
+        """Tokens that the model's context holds; None: it has no end."""
+        return self._dims.n_ctx or None
 
+    def _check_characters(self, count: int) -> None:
+        if count > self._max_characters:
+            raise TooLarge("characters of one prompt", limit=self._max_characters, demand=count)
 
-def _fits(ids: Sequence[int], path: str, loaded: Loaded, found: Violations) -> bool:
-    """Whether the model can read these ids."""
-    dims = loaded.facts.dims
-    if not ids:
-        found.add(path, "a prompt has at least one token, this one has none")
-    elif dims.n_ctx and len(ids) > dims.n_ctx:
-        text = f"the prompt has {len(ids)} tokens, this model's context holds {dims.n_ctx}"
-        found.add(path, text, reason="PROMPT_TOO_LONG", limit=str(dims.n_ctx), demand=str(len(ids)))
-    elif max(ids) >= dims.d_vocab:
-        _name_strangers(ids, path, dims.d_vocab, found)
-    else:
-        return True
-    return False
+    def _fits(self, ids: Sequence[int], path: str) -> bool:
+        """Whether the model can read these ids."""
+        if not ids:
+            self._found.add(path, "a prompt has at least one token, this one has none")
+        elif self._limit is not None and len(ids) > self._limit:
+            self._refuse_length(len(ids), path)
+        elif max(ids) >= self._dims.d_vocab:
+            self._name_strangers(ids, path)
+        else:
+            return True
+        return False
 
+    def _refuse_length(self, count: int, path: str) -> None:
+        text = f"the prompt has {count} tokens, this model's context holds {self._limit}"
+        self._found.add(path, text, reason="PROMPT_TOO_LONG", limit=str(self._limit), demand=str(count))
 
-def _name_strangers(ids: Sequence[int], path: str, d_vocab: int, found: Violations) -> None:
-    for index, token_id in enumerate(ids):
-        if token_id >= d_vocab:
-            found.add(f"{path}[{index}]", f"token {token_id} is not in the vocabulary: 0 .. {d_vocab - 1}")
+    def _name_strangers(self, ids: Sequence[int], path: str) -> None:
+        d_vocab = self._dims.d_vocab
+        for index, token_id in enumerate(ids):
+            if token_id >= d_vocab:
+                self._found.add(f"{path}[{index}]", f"token {token_id} is not in the vocabulary: 0 .. {d_vocab - 1}")

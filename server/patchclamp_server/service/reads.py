@@ -21,7 +21,7 @@ from patchclamp_server.engine.messages import (
     TopK,
     UnembedRow,
 )
-from patchclamp_server.hookpoints import SiteInfo
+from patchclamp_server.hookpoints import Site, SiteInfo
 from patchclamp_server.service.selection import head_axis, parse_heads, parse_positions
 from patchclamp_server.service.sites import parse_site
 from patchclamp_server.service.tensors import RESULT_DTYPES
@@ -30,14 +30,16 @@ from patchclamp_server.service.violations import Violations
 
 MOST_PROJECTIONS = 256
 _INDEX_BYTES = 4
+_NOT_OF_SCORES = ("mean", "norm", "moments", "top_k.by_magnitude")
 
 
 @dataclass(frozen=True, eq=False)
 class PricedRead:
-    """A read, and the bytes of its results in all layers together."""
+    """A read, and in all layers together: the bytes of its results, and the positions that they list one by one."""
 
     spec: ReadSpec
     result_bytes: int
+    listed_positions: int
 
 
 class ReadParser:
@@ -62,13 +64,16 @@ class ReadParser:
         reduction = self._reduction(wire.reduction, f"{path}.reduction", info, length)
         if not length or not selection or dtype is None:
             return None
-        positions, rows = selection
-        shape = _selected_shape(info, rows, length, heads)
+        shape = _selected_shape(info, selection.rows, length, heads)
         result_bytes = len(layers) * _result_bytes(shape, info, reduction, dtype)
-        return PricedRead(ReadSpec(info.site, layers, positions, heads, reduction, dtype), result_bytes)
+        listed = 0 if selection.consecutive or drops_positions(reduction) else len(layers) * selection.rows
+        spec = ReadSpec(info.site, layers, selection.positions, heads, reduction, dtype)
+        return PricedRead(spec, result_bytes, listed)
 
     def _reduction(self, wire: read_pb2.Reduction, path: str, info: SiteInfo, length: int | None) -> Reduction | None:
         """The reduction; None where the rows themselves are asked for, or when invalid."""
+        if info.site is Site.ATTN_SCORES:
+            self._refuse_of_scores(wire, path)
         match wire.WhichOneof("kind"):
             case "last":
                 return LastRow()
@@ -86,6 +91,15 @@ class ReadParser:
                 return self._logit_lens(wire.logit_lens, f"{path}.logit_lens", info)
             case _:
                 return None
+
+    def _refuse_of_scores(self, wire: read_pb2.Reduction, path: str) -> None:
+        """Sums over masked entries are -inf or NaN, and the largest magnitudes are the masked entries'."""
+        kind = wire.WhichOneof("kind")
+        if kind == "top_k" and wire.top_k.by_magnitude:
+            kind = "top_k.by_magnitude"
+        if kind in _NOT_OF_SCORES:
+            text = f"not for {Site.ATTN_SCORES}, whose masked entries are -inf: reduce {Site.ATTN_PATTERN} instead"
+            self._found.add(f"{path}.{kind}", text)
 
     def _top_k(self, wire: read_pb2.TopKReduction, path: str, info: SiteInfo, length: int | None) -> TopK | None:
         width = info.width or length
@@ -122,6 +136,11 @@ class ReadParser:
             self._found.add(f"{path}.k", f"{wire.k} is not 1 .. {self._facts.dims.d_vocab}, the vocabulary")
             return None
         return LogitLens(wire.k)
+
+
+def drops_positions(reduction: Reduction | None) -> bool:
+    """Whether results have no position axis any more."""
+    return isinstance(reduction, LastRow | Mean | Moments)
 
 
 def _count(onto: tuple[torch.Tensor | UnembedRow, ...]) -> int:

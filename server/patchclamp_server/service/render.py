@@ -8,7 +8,10 @@ from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 from patchclamp.v1 import prompt_pb2, read_pb2, run_pb2
 from patchclamp_server.adapters.tokenizer import Tokenizer, Tokens
-from patchclamp_server.engine.messages import JobDone, LogitsOutput, ReadOutput, RunFailed, RunFinished
+from patchclamp_server.engine.messages import JobDone, LogitsOutput, ReadOutput, Reduction, RunFailed, RunFinished
+from patchclamp_server.service.parse import ParsedRequest
+from patchclamp_server.service.reads import drops_positions
+from patchclamp_server.service.selection import are_consecutive
 from patchclamp_server.service.sites import SITE_TO_WIRE
 from patchclamp_server.service.status import run_failure
 from patchclamp_server.service.tensors import Outlet
@@ -26,13 +29,15 @@ class ResultRenderer:
     Messages are filled in place: protobuf copies a message that is put into another.
     """
 
-    def __init__(self, tokens: tuple[Tokens, ...], tokenizer: Tokenizer | None, outlet: Outlet) -> None:
-        self._tokens = tokens
+    def __init__(self, parsed: ParsedRequest, tokenizer: Tokenizer | None, outlet: Outlet) -> None:
+        self._tokens = parsed.tokens
+        self._runs = parsed.runs
         self._tokenizer = tokenizer
         self._outlet = outlet
 
     def effort(self, event: RunFinished | RunFailed) -> int:
-        """About as many bytes as there are to be written one by one; tensors are not, they travel as they are."""
+        """About as many bytes as there are to be written one by one, and positions to be looked through; tensors are
+        neither, they travel as they are."""
         if isinstance(event, RunFailed):
             return 0
         logits, reads = event.output.logits, event.output.reads
@@ -49,14 +54,15 @@ class ResultRenderer:
         tokens = self._tokens[event.run_index]
         wire.text = tokens.text
         fill_tokens(tokens, wire.tokens)
+        specs = self._runs[event.run_index].reads
         for read in event.output.reads:
-            self._fill_read(read, wire.reads.add())
+            self._fill_read(read, specs[read.read_index].reduction, wire.reads.add())
         if event.output.logits is not None:
             self._fill_logits(event.output.logits, wire.logits)
         if event.output.loss is not None:
             self._outlet.put(event.output.loss, wire.loss)
 
-    def _fill_read(self, output: ReadOutput, wire: read_pb2.ReadResult) -> None:
+    def _fill_read(self, output: ReadOutput, reduction: Reduction | None, wire: read_pb2.ReadResult) -> None:
         hook_point = output.hook_point
         wire.read_index, wire.name = output.read_index, str(hook_point)
         wire.hook_point.site = SITE_TO_WIRE[hook_point.site]
@@ -65,7 +71,8 @@ class ResultRenderer:
         self._outlet.put(output.values, wire.values)
         if output.indices is not None:
             self._outlet.put(output.indices, wire.indices)
-        wire.positions.extend(output.positions)
+        if not drops_positions(reduction):
+            _fill_positions(output.positions, wire)
 
     def _fill_logits(self, output: LogitsOutput, wire: run_pb2.LogitsResult) -> None:
         wire.positions.extend(output.positions)
@@ -78,6 +85,14 @@ class ResultRenderer:
 
     def _piece(self, token_id: int) -> str:
         return "" if self._tokenizer is None else self._tokenizer.piece(token_id)
+
+
+def _fill_positions(positions: tuple[int, ...], wire: read_pb2.ReadResult) -> None:
+    """By their ends where that says it all: a list would be as long as the run, once for every layer."""
+    if are_consecutive(positions):
+        wire.position_range.start, wire.position_range.stop = positions[0], positions[-1] + 1
+    else:
+        wire.positions.extend(positions)
 
 
 def _most_probable(output: LogitsOutput) -> Iterable[tuple[int, float, float]]:

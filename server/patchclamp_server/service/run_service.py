@@ -32,8 +32,10 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
         loaded = self._readiness.admit(request.model)
         parsed = await beside_the_loop(request.ByteSize(), parse_run_request, request, loaded, self._config)
         outlet, left, last = Outlet(), len(parsed.runs), run_pb2.RunResponse()
-        renderer = ResultRenderer(parsed.tokens, loaded.tokenizer, outlet)
-        with self._jobs.submitted(parsed.runs, seconds=context.time_remaining(), solo=parsed.solo) as job:
+        renderer = ResultRenderer(parsed, loaded.tokenizer, outlet)
+        with self._jobs.submitted(
+            parsed.runs, seconds=context.time_remaining(), solo=parsed.solo, result_bytes=parsed.result_bytes
+        ) as job:
             async for event in job:
                 left -= 1
                 response = run_pb2.RunResponse()
@@ -45,5 +47,5 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
                 await context.write(response)
                 for chunk in outlet.drain():
                     await context.write(run_pb2.RunResponse(chunk=chunk))
-        last.summary.CopyFrom(render_summary(job.done, parsed.prompt_tokens))
-        await context.write(last)
+            last.summary.CopyFrom(render_summary(job.done, parsed.prompt_tokens))
+            await context.write(last)

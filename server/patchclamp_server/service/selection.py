@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from patchclamp.v1 import hook_point_pb2
 from patchclamp_server.hookpoints import SiteInfo
-from patchclamp_server.positions import Positions, Range, Span
+from patchclamp_server.positions import LAST, Positions, Range, Span
 from patchclamp_server.service.violations import Violations
 
 _SPANS: dict[int, Span] = {
@@ -18,10 +19,25 @@ _SPANS: dict[int, Span] = {
 }
 
 
-def parse_positions(
-    wire: hook_point_pb2.Positions, path: str, length: int, found: Violations
-) -> tuple[Positions, int] | None:
-    """The selection and how many rows it has on a run of `length` tokens, one at least; None when invalid."""
+@dataclass(frozen=True)
+class Selection:
+    """Positions, how many rows they are on their run, and whether results can tell them by their two ends."""
+
+    positions: Positions
+    rows: int
+    consecutive: bool
+
+
+LAST_ROW = Selection(LAST, 1, consecutive=True)
+
+
+def are_consecutive(positions: tuple[int, ...]) -> bool:
+    """Whether positions ascend without a gap; none do not."""
+    return bool(positions) and positions == tuple(range(positions[0], positions[0] + len(positions)))
+
+
+def parse_positions(wire: hook_point_pb2.Positions, path: str, length: int, found: Violations) -> Selection | None:
+    """The selection on a run of `length` tokens, one row at least; None when invalid."""
     selector = _selector(wire, path, length, found)
     excluded = _inside(wire.exclude, f"{path}.exclude", length, found)
     if selector is None or not excluded:
@@ -31,7 +47,7 @@ def parse_positions(
     if not resolved:
         found.add(path, f"selects no position of a run of {length} tokens")
         return None
-    return positions, len(resolved)
+    return Selection(positions, len(resolved), are_consecutive(resolved))
 
 
 def _selector(

@@ -22,7 +22,7 @@ from patchclamp_server.service.interceptors import CallInterceptor
 from patchclamp_server.service.jobs import Jobs, Worker
 from patchclamp_server.service.metrics import Metrics, MetricsServer
 from patchclamp_server.service.model_service import ModelServicer
-from patchclamp_server.service.process import freeze_loaded, keep_freed_memory
+from patchclamp_server.service.process import freeze_loaded, hush_departed_callers, keep_freed_memory
 from patchclamp_server.service.readiness import Readiness
 from patchclamp_server.service.run_service import RunServicer
 
@@ -55,7 +55,7 @@ class Front:
         self._metrics = Metrics()
         self._metrics_server: MetricsServer | None = None
         self._readiness = Readiness((*SERVICES, config.served_name))
-        self._jobs = Jobs(worker, config.max_waiting)
+        self._jobs = Jobs(worker, config.max_waiting, config.max_waiting_bytes)
         self._calls = CallInterceptor(self._metrics, config.max_message_bytes)
         self._server = grpc.aio.server(interceptors=(self._calls,), options=_options(config))
         self._loop = asyncio.get_running_loop()
@@ -154,6 +154,7 @@ async def serve(config: ServerConfig, worker: Worker, announce: Callable[[Ready]
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: hurry.set() if leave.is_set() else leave.set())
     keep_freed_memory()
+    hush_departed_callers()
     await front.start()
     life = asyncio.create_task(_live(front, announce))
     await _first(life, leave.wait())

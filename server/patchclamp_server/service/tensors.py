@@ -45,8 +45,9 @@ class Chunk(TypedDict):
 class Outlet:
     """The tensors of one stream. What does not fit into a message waits here to be sent behind it.
 
-    A message takes tensors in while they are at most 1 MiB together, so that it stays below the receive limit of
-    4 MiB that gRPC's receivers have unless told otherwise.
+    A message takes tensors in while they are at most 1 MiB together: of the 4 MiB that gRPC's receivers take unless
+    told otherwise, the rest is for what is written one by one. Limits keep listed positions and most probable tokens
+    to about that size, each; the prompt's own text and tokens are as long as the prompt.
     """
 
     def __init__(self) -> None:
