@@ -233,6 +233,16 @@ async def test_results_that_wait_beyond_the_budget_have_others_come_back(connect
     await again
 
 
+async def test_a_run_that_brings_no_bytes_has_no_budget_to_wait_for(connect: Connect) -> None:
+    caller = await connect(StubWorker(hold=True), max_waiting_bytes=959)
+    large = asyncio.create_task(caller.run(run(read())))  # 960 bytes
+    await eventually(lambda: caller.worker.waiting == 1)
+    nothing = asyncio.create_task(caller.run(run()))
+    await eventually(lambda: caller.worker.waiting == 2)
+    caller.worker.release()
+    await asyncio.gather(large, nothing)
+
+
 async def test_results_within_the_budget_wait_together(connect: Connect) -> None:
     caller = await connect(StubWorker(hold=True), max_waiting_bytes=2 * 960)
     calls = [asyncio.create_task(caller.run(run(read()))) for _ in range(2)]

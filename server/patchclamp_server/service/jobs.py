@@ -83,7 +83,9 @@ class Jobs:
         if self._worker.waiting >= self._max_waiting:
             raise Overloaded(f"{self._max_waiting} requests are waiting already", retry_after=RETRY_AFTER)
         # Without others to wait for, a request would be told to retry for ever.
-        if self._waiting_bytes and result_bytes > self._max_waiting_bytes - self._waiting_bytes:
+        # Nor does one that brings no bytes have anything to wait for.
+        full = self._waiting_bytes + result_bytes > self._max_waiting_bytes
+        if full and self._waiting_bytes and result_bytes:
             text = f"{self._waiting_bytes:,} bytes of results are waiting to be sent already"
             raise Overloaded(text, retry_after=RETRY_AFTER)
 
