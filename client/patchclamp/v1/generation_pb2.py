@@ -12,41 +12,43 @@ from google.protobuf.internal import builder as _builder
 _sym_db = _symbol_database.Default()
 
 
+from patchclamp.v1 import failure_pb2 as patchclamp_dot_v1_dot_failure__pb2
 from patchclamp.v1 import handle_pb2 as patchclamp_dot_v1_dot_handle__pb2
 from patchclamp.v1 import intervention_pb2 as patchclamp_dot_v1_dot_intervention__pb2
+from patchclamp.v1 import logits_pb2 as patchclamp_dot_v1_dot_logits__pb2
+from patchclamp.v1 import numerics_pb2 as patchclamp_dot_v1_dot_numerics__pb2
 from patchclamp.v1 import prompt_pb2 as patchclamp_dot_v1_dot_prompt__pb2
 from patchclamp.v1 import read_pb2 as patchclamp_dot_v1_dot_read__pb2
-from patchclamp.v1 import run_pb2 as patchclamp_dot_v1_dot_run__pb2
 from patchclamp.v1 import tensor_pb2 as patchclamp_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1epatchclamp/v1/generation.proto\x12\rpatchclamp.v1\x1a\x1apatchclamp/v1/handle.proto\x1a patchclamp/v1/intervention.proto\x1a\x1apatchclamp/v1/prompt.proto\x1a\x18patchclamp/v1/read.proto\x1a\x17patchclamp/v1/run.proto\x1a\x1apatchclamp/v1/tensor.proto\"\xb1\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x02\x88\x01\x01\x12\x0f\n\x07samples\x18\x06 \x01(\rB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"Y\n\tStopRules\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\"9\n\x0eReceivedSample\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"G\n\x06Resume\x12/\n\x08received\x18\x01 \x03(\x0b\x32\x1d.patchclamp.v1.ReceivedSample\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"\x8e\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\x12\x32\n\rinterventions\x18\x03 \x03(\x0b\x32\x1b.patchclamp.v1.Intervention\x12\"\n\x05reads\x18\x04 \x03(\x0b\x32\x13.patchclamp.v1.Read\x12)\n\x08sampling\x18\x05 \x01(\x0b\x32\x17.patchclamp.v1.Sampling\x12&\n\x04stop\x18\x06 \x01(\x0b\x32\x18.patchclamp.v1.StopRules\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\x12!\n\x04keep\x18\x08 \x03(\x0b\x32\x13.patchclamp.v1.Keep\x12)\n\x08numerics\x18\t \x01(\x0e\x32\x17.patchclamp.v1.Numerics\x12\x0f\n\x07profile\x18\n \x01(\t\x12%\n\x06resume\x18\x0b \x01(\x0b\x32\x15.patchclamp.v1.Resume\"E\n\x0fGenerationStart\x12$\n\x06prompt\x18\x01 \x03(\x0b\x32\x14.patchclamp.v1.Token\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"\xd7\x01\n\x0eGeneratedToken\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\x13\n\x0btoken_index\x18\x02 \x01(\r\x12#\n\x05token\x18\x03 \x01(\x0b\x32\x14.patchclamp.v1.Token\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x0f\n\x07logprob\x18\x05 \x01(\x02\x12,\n\x03top\x18\x06 \x03(\x0b\x32\x1f.patchclamp.v1.TokenProbability\x12(\n\x05reads\x18\x07 \x03(\x0b\x32\x19.patchclamp.v1.ReadResult\"\xab\x01\n\tSampleEnd\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\x32\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1b.patchclamp.v1.FinishReason\x12*\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x19.patchclamp.v1.RunFailure\x12(\n\x08receipts\x18\x04 \x03(\x0b\x32\x16.patchclamp.v1.Receipt\"\xb6\x01\n\x11GenerationSummary\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x04\x12\x1b\n\x13\x66irst_token_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x65ngine_seconds\x18\x04 \x01(\x01\x12&\n\x07handles\x18\x05 \x03(\x0b\x32\x15.patchclamp.v1.Handle\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\"\x8e\x02\n\x10GenerateResponse\x12/\n\x05start\x18\x01 \x01(\x0b\x32\x1e.patchclamp.v1.GenerationStartH\x00\x12.\n\x05token\x18\x02 \x01(\x0b\x32\x1d.patchclamp.v1.GeneratedTokenH\x00\x12.\n\nsample_end\x18\x03 \x01(\x0b\x32\x18.patchclamp.v1.SampleEndH\x00\x12+\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x1a.patchclamp.v1.TensorChunkH\x00\x12\x33\n\x07summary\x18\x05 \x01(\x0b\x32 .patchclamp.v1.GenerationSummaryH\x00\x42\x07\n\x05\x65vent*\x93\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_CONTEXT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1epatchclamp/v1/generation.proto\x12\rpatchclamp.v1\x1a\x1bpatchclamp/v1/failure.proto\x1a\x1apatchclamp/v1/handle.proto\x1a patchclamp/v1/intervention.proto\x1a\x1apatchclamp/v1/logits.proto\x1a\x1cpatchclamp/v1/numerics.proto\x1a\x1apatchclamp/v1/prompt.proto\x1a\x18patchclamp/v1/read.proto\x1a\x1apatchclamp/v1/tensor.proto\"\xb1\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x02\x88\x01\x01\x12\x0f\n\x07samples\x18\x06 \x01(\rB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"Y\n\tStopRules\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\"9\n\x0eReceivedSample\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"G\n\x06Resume\x12/\n\x08received\x18\x01 \x03(\x0b\x32\x1d.patchclamp.v1.ReceivedSample\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"\x8e\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\x12\x32\n\rinterventions\x18\x03 \x03(\x0b\x32\x1b.patchclamp.v1.Intervention\x12\"\n\x05reads\x18\x04 \x03(\x0b\x32\x13.patchclamp.v1.Read\x12)\n\x08sampling\x18\x05 \x01(\x0b\x32\x17.patchclamp.v1.Sampling\x12&\n\x04stop\x18\x06 \x01(\x0b\x32\x18.patchclamp.v1.StopRules\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\x12!\n\x04keep\x18\x08 \x03(\x0b\x32\x13.patchclamp.v1.Keep\x12)\n\x08numerics\x18\t \x01(\x0e\x32\x17.patchclamp.v1.Numerics\x12\x0f\n\x07profile\x18\n \x01(\t\x12%\n\x06resume\x18\x0b \x01(\x0b\x32\x15.patchclamp.v1.Resume\"E\n\x0fGenerationStart\x12$\n\x06prompt\x18\x01 \x03(\x0b\x32\x14.patchclamp.v1.Token\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"\xd7\x01\n\x0eGeneratedToken\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\x13\n\x0btoken_index\x18\x02 \x01(\r\x12#\n\x05token\x18\x03 \x01(\x0b\x32\x14.patchclamp.v1.Token\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x0f\n\x07logprob\x18\x05 \x01(\x02\x12,\n\x03top\x18\x06 \x03(\x0b\x32\x1f.patchclamp.v1.TokenProbability\x12(\n\x05reads\x18\x07 \x03(\x0b\x32\x19.patchclamp.v1.ReadResult\"\xab\x01\n\tSampleEnd\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\x32\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1b.patchclamp.v1.FinishReason\x12*\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x19.patchclamp.v1.RunFailure\x12(\n\x08receipts\x18\x04 \x03(\x0b\x32\x16.patchclamp.v1.Receipt\"\xb6\x01\n\x11GenerationSummary\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x04\x12\x1b\n\x13\x66irst_token_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x65ngine_seconds\x18\x04 \x01(\x01\x12&\n\x07handles\x18\x05 \x03(\x0b\x32\x15.patchclamp.v1.Handle\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\"\x8e\x02\n\x10GenerateResponse\x12/\n\x05start\x18\x01 \x01(\x0b\x32\x1e.patchclamp.v1.GenerationStartH\x00\x12.\n\x05token\x18\x02 \x01(\x0b\x32\x1d.patchclamp.v1.GeneratedTokenH\x00\x12.\n\nsample_end\x18\x03 \x01(\x0b\x32\x18.patchclamp.v1.SampleEndH\x00\x12+\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x1a.patchclamp.v1.TensorChunkH\x00\x12\x33\n\x07summary\x18\x05 \x01(\x0b\x32 .patchclamp.v1.GenerationSummaryH\x00\x42\x07\n\x05\x65vent*\x93\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_CONTEXT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'patchclamp.v1.generation_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_FINISHREASON']._serialized_start=1944
-  _globals['_FINISHREASON']._serialized_end=2091
-  _globals['_SAMPLING']._serialized_start=219
-  _globals['_SAMPLING']._serialized_end=396
-  _globals['_STOPRULES']._serialized_start=398
-  _globals['_STOPRULES']._serialized_end=487
-  _globals['_RECEIVEDSAMPLE']._serialized_start=489
-  _globals['_RECEIVEDSAMPLE']._serialized_end=546
-  _globals['_RESUME']._serialized_start=548
-  _globals['_RESUME']._serialized_end=619
-  _globals['_GENERATEREQUEST']._serialized_start=622
-  _globals['_GENERATEREQUEST']._serialized_end=1020
-  _globals['_GENERATIONSTART']._serialized_start=1022
-  _globals['_GENERATIONSTART']._serialized_end=1091
-  _globals['_GENERATEDTOKEN']._serialized_start=1094
-  _globals['_GENERATEDTOKEN']._serialized_end=1309
-  _globals['_SAMPLEEND']._serialized_start=1312
-  _globals['_SAMPLEEND']._serialized_end=1483
-  _globals['_GENERATIONSUMMARY']._serialized_start=1486
-  _globals['_GENERATIONSUMMARY']._serialized_end=1668
-  _globals['_GENERATERESPONSE']._serialized_start=1671
-  _globals['_GENERATERESPONSE']._serialized_end=1941
+  _globals['_FINISHREASON']._serialized_start=2006
+  _globals['_FINISHREASON']._serialized_end=2153
+  _globals['_SAMPLING']._serialized_start=281
+  _globals['_SAMPLING']._serialized_end=458
+  _globals['_STOPRULES']._serialized_start=460
+  _globals['_STOPRULES']._serialized_end=549
+  _globals['_RECEIVEDSAMPLE']._serialized_start=551
+  _globals['_RECEIVEDSAMPLE']._serialized_end=608
+  _globals['_RESUME']._serialized_start=610
+  _globals['_RESUME']._serialized_end=681
+  _globals['_GENERATEREQUEST']._serialized_start=684
+  _globals['_GENERATEREQUEST']._serialized_end=1082
+  _globals['_GENERATIONSTART']._serialized_start=1084
+  _globals['_GENERATIONSTART']._serialized_end=1153
+  _globals['_GENERATEDTOKEN']._serialized_start=1156
+  _globals['_GENERATEDTOKEN']._serialized_end=1371
+  _globals['_SAMPLEEND']._serialized_start=1374
+  _globals['_SAMPLEEND']._serialized_end=1545
+  _globals['_GENERATIONSUMMARY']._serialized_start=1548
+  _globals['_GENERATIONSUMMARY']._serialized_end=1730
+  _globals['_GENERATERESPONSE']._serialized_start=1733
+  _globals['_GENERATERESPONSE']._serialized_end=2003
 # @@protoc_insertion_point(module_scope)

@@ -1,8 +1,10 @@
+from patchclamp.v1 import failure_pb2 as _failure_pb2
 from patchclamp.v1 import handle_pb2 as _handle_pb2
 from patchclamp.v1 import intervention_pb2 as _intervention_pb2
+from patchclamp.v1 import logits_pb2 as _logits_pb2
+from patchclamp.v1 import numerics_pb2 as _numerics_pb2
 from patchclamp.v1 import prompt_pb2 as _prompt_pb2
 from patchclamp.v1 import read_pb2 as _read_pb2
-from patchclamp.v1 import run_pb2 as _run_pb2
 from patchclamp.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -90,10 +92,10 @@ class GenerateRequest(_message.Message):
     stop: StopRules
     top_logprobs: int
     keep: _containers.RepeatedCompositeFieldContainer[_handle_pb2.Keep]
-    numerics: _run_pb2.Numerics
+    numerics: _numerics_pb2.Numerics
     profile: str
     resume: Resume
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[_Union[_prompt_pb2.Prompt, _Mapping]] = ..., interventions: _Optional[_Iterable[_Union[_intervention_pb2.Intervention, _Mapping]]] = ..., reads: _Optional[_Iterable[_Union[_read_pb2.Read, _Mapping]]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop: _Optional[_Union[StopRules, _Mapping]] = ..., top_logprobs: _Optional[int] = ..., keep: _Optional[_Iterable[_Union[_handle_pb2.Keep, _Mapping]]] = ..., numerics: _Optional[_Union[_run_pb2.Numerics, str]] = ..., profile: _Optional[str] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[_Union[_prompt_pb2.Prompt, _Mapping]] = ..., interventions: _Optional[_Iterable[_Union[_intervention_pb2.Intervention, _Mapping]]] = ..., reads: _Optional[_Iterable[_Union[_read_pb2.Read, _Mapping]]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop: _Optional[_Union[StopRules, _Mapping]] = ..., top_logprobs: _Optional[int] = ..., keep: _Optional[_Iterable[_Union[_handle_pb2.Keep, _Mapping]]] = ..., numerics: _Optional[_Union[_numerics_pb2.Numerics, str]] = ..., profile: _Optional[str] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
 
 class GenerationStart(_message.Message):
     __slots__ = ("prompt", "seed")
@@ -117,9 +119,9 @@ class GeneratedToken(_message.Message):
     token: _prompt_pb2.Token
     text: str
     logprob: float
-    top: _containers.RepeatedCompositeFieldContainer[_run_pb2.TokenProbability]
+    top: _containers.RepeatedCompositeFieldContainer[_logits_pb2.TokenProbability]
     reads: _containers.RepeatedCompositeFieldContainer[_read_pb2.ReadResult]
-    def __init__(self, sample_index: _Optional[int] = ..., token_index: _Optional[int] = ..., token: _Optional[_Union[_prompt_pb2.Token, _Mapping]] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[_run_pb2.TokenProbability, _Mapping]]] = ..., reads: _Optional[_Iterable[_Union[_read_pb2.ReadResult, _Mapping]]] = ...) -> None: ...
+    def __init__(self, sample_index: _Optional[int] = ..., token_index: _Optional[int] = ..., token: _Optional[_Union[_prompt_pb2.Token, _Mapping]] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[_logits_pb2.TokenProbability, _Mapping]]] = ..., reads: _Optional[_Iterable[_Union[_read_pb2.ReadResult, _Mapping]]] = ...) -> None: ...
 
 class SampleEnd(_message.Message):
     __slots__ = ("sample_index", "finish_reason", "failure", "receipts")
@@ -129,9 +131,9 @@ class SampleEnd(_message.Message):
     RECEIPTS_FIELD_NUMBER: _ClassVar[int]
     sample_index: int
     finish_reason: FinishReason
-    failure: _run_pb2.RunFailure
+    failure: _failure_pb2.RunFailure
     receipts: _containers.RepeatedCompositeFieldContainer[_intervention_pb2.Receipt]
-    def __init__(self, sample_index: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., failure: _Optional[_Union[_run_pb2.RunFailure, _Mapping]] = ..., receipts: _Optional[_Iterable[_Union[_intervention_pb2.Receipt, _Mapping]]] = ...) -> None: ...
+    def __init__(self, sample_index: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., failure: _Optional[_Union[_failure_pb2.RunFailure, _Mapping]] = ..., receipts: _Optional[_Iterable[_Union[_intervention_pb2.Receipt, _Mapping]]] = ...) -> None: ...
 
 class GenerationSummary(_message.Message):
     __slots__ = ("prompt_tokens", "generated_tokens", "first_token_seconds", "engine_seconds", "handles", "fingerprint")

@@ -19,15 +19,35 @@ from patchclamp.v1 import read_pb2 as patchclamp_dot_v1_dot_read__pb2
 from patchclamp.v1 import tensor_pb2 as patchclamp_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apatchclamp/v1/handle.proto\x12\rpatchclamp.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1epatchclamp/v1/hook_point.proto\x1a\x18patchclamp/v1/read.proto\x1a\x1apatchclamp/v1/tensor.proto\"Z\n\x04Keep\x12!\n\x04read\x18\x01 \x01(\x0b\x32\x13.patchclamp.v1.Read\x12/\n\x0ctime_to_live\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xb8\x02\n\x06Handle\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\x12,\n\nhook_point\x18\x04 \x01(\x0b\x32\x18.patchclamp.v1.HookPoint\x12#\n\x05\x64type\x18\x05 \x01(\x0e\x32\x14.patchclamp.v1.Dtype\x12\r\n\x05shape\x18\x06 \x03(\x03\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\x12\r\n\x05owner\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nkeep_index\x18\x0b \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apatchclamp/v1/handle.proto\x12\rpatchclamp.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1epatchclamp/v1/hook_point.proto\x1a\x18patchclamp/v1/read.proto\x1a\x1apatchclamp/v1/tensor.proto\" \n\x10GetHandleRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x11GetHandleResponse\x12%\n\x06handle\x18\x01 \x01(\x0b\x32\x15.patchclamp.v1.Handle\";\n\x12ListHandlesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x13ListHandlesResponse\x12&\n\x07handles\x18\x01 \x03(\x0b\x32\x15.patchclamp.v1.Handle\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"G\n\x12\x46\x65tchHandleRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.patchclamp.v1.Dtype\"|\n\x13\x46\x65tchHandleResponse\x12/\n\x07\x66\x65tched\x18\x01 \x01(\x0b\x32\x1c.patchclamp.v1.FetchedHandleH\x00\x12+\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1a.patchclamp.v1.TensorChunkH\x00\x42\x07\n\x05\x65vent\"]\n\rFetchedHandle\x12%\n\x06handle\x18\x01 \x01(\x0b\x32\x15.patchclamp.v1.Handle\x12%\n\x06tensor\x18\x02 \x01(\x0b\x32\x15.patchclamp.v1.Tensor\"#\n\x13\x44\x65leteHandleRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14\x44\x65leteHandleResponse\"Z\n\x04Keep\x12!\n\x04read\x18\x01 \x01(\x0b\x32\x13.patchclamp.v1.Read\x12/\n\x0ctime_to_live\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xb8\x02\n\x06Handle\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0emodel_revision\x18\x03 \x01(\t\x12,\n\nhook_point\x18\x04 \x01(\x0b\x32\x18.patchclamp.v1.HookPoint\x12#\n\x05\x64type\x18\x05 \x01(\x0e\x32\x14.patchclamp.v1.Dtype\x12\r\n\x05shape\x18\x06 \x03(\x03\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\x12\r\n\x05owner\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nkeep_index\x18\x0b \x01(\r2\xe6\x02\n\rHandleService\x12N\n\tGetHandle\x12\x1f.patchclamp.v1.GetHandleRequest\x1a .patchclamp.v1.GetHandleResponse\x12T\n\x0bListHandles\x12!.patchclamp.v1.ListHandlesRequest\x1a\".patchclamp.v1.ListHandlesResponse\x12V\n\x0b\x46\x65tchHandle\x12!.patchclamp.v1.FetchHandleRequest\x1a\".patchclamp.v1.FetchHandleResponse0\x01\x12W\n\x0c\x44\x65leteHandle\x12\".patchclamp.v1.DeleteHandleRequest\x1a#.patchclamp.v1.DeleteHandleResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'patchclamp.v1.handle_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_KEEP']._serialized_start=196
-  _globals['_KEEP']._serialized_end=286
-  _globals['_HANDLE']._serialized_start=289
-  _globals['_HANDLE']._serialized_end=601
+  _globals['_GETHANDLEREQUEST']._serialized_start=196
+  _globals['_GETHANDLEREQUEST']._serialized_end=228
+  _globals['_GETHANDLERESPONSE']._serialized_start=230
+  _globals['_GETHANDLERESPONSE']._serialized_end=288
+  _globals['_LISTHANDLESREQUEST']._serialized_start=290
+  _globals['_LISTHANDLESREQUEST']._serialized_end=349
+  _globals['_LISTHANDLESRESPONSE']._serialized_start=351
+  _globals['_LISTHANDLESRESPONSE']._serialized_end=437
+  _globals['_FETCHHANDLEREQUEST']._serialized_start=439
+  _globals['_FETCHHANDLEREQUEST']._serialized_end=510
+  _globals['_FETCHHANDLERESPONSE']._serialized_start=512
+  _globals['_FETCHHANDLERESPONSE']._serialized_end=636
+  _globals['_FETCHEDHANDLE']._serialized_start=638
+  _globals['_FETCHEDHANDLE']._serialized_end=731
+  _globals['_DELETEHANDLEREQUEST']._serialized_start=733
+  _globals['_DELETEHANDLEREQUEST']._serialized_end=768
+  _globals['_DELETEHANDLERESPONSE']._serialized_start=770
+  _globals['_DELETEHANDLERESPONSE']._serialized_end=792
+  _globals['_KEEP']._serialized_start=794
+  _globals['_KEEP']._serialized_end=884
+  _globals['_HANDLE']._serialized_start=887
+  _globals['_HANDLE']._serialized_end=1199
+  _globals['_HANDLESERVICE']._serialized_start=1202
+  _globals['_HANDLESERVICE']._serialized_end=1560
 # @@protoc_insertion_point(module_scope)

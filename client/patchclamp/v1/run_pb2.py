@@ -12,46 +12,34 @@ from google.protobuf.internal import builder as _builder
 _sym_db = _symbol_database.Default()
 
 
-from patchclamp.v1 import error_pb2 as patchclamp_dot_v1_dot_error__pb2
+from patchclamp.v1 import failure_pb2 as patchclamp_dot_v1_dot_failure__pb2
+from patchclamp.v1 import generation_pb2 as patchclamp_dot_v1_dot_generation__pb2
 from patchclamp.v1 import handle_pb2 as patchclamp_dot_v1_dot_handle__pb2
-from patchclamp.v1 import hook_point_pb2 as patchclamp_dot_v1_dot_hook__point__pb2
 from patchclamp.v1 import intervention_pb2 as patchclamp_dot_v1_dot_intervention__pb2
+from patchclamp.v1 import logits_pb2 as patchclamp_dot_v1_dot_logits__pb2
+from patchclamp.v1 import numerics_pb2 as patchclamp_dot_v1_dot_numerics__pb2
 from patchclamp.v1 import prompt_pb2 as patchclamp_dot_v1_dot_prompt__pb2
 from patchclamp.v1 import read_pb2 as patchclamp_dot_v1_dot_read__pb2
 from patchclamp.v1 import tensor_pb2 as patchclamp_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17patchclamp/v1/run.proto\x12\rpatchclamp.v1\x1a\x19patchclamp/v1/error.proto\x1a\x1apatchclamp/v1/handle.proto\x1a\x1epatchclamp/v1/hook_point.proto\x1a patchclamp/v1/intervention.proto\x1a\x1apatchclamp/v1/prompt.proto\x1a\x18patchclamp/v1/read.proto\x1a\x1apatchclamp/v1/tensor.proto\"\x98\x01\n\rLogitsRequest\x12+\n\tpositions\x18\x01 \x01(\x0b\x32\x18.patchclamp.v1.Positions\x12\x0e\n\x06values\x18\x02 \x01(\x08\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.patchclamp.v1.Dtype\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x16\n\x0elogprob_tokens\x18\x05 \x03(\r\"\x8a\x02\n\x07RunSpec\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\x12\"\n\x05reads\x18\x02 \x03(\x0b\x32\x13.patchclamp.v1.Read\x12\x32\n\rinterventions\x18\x03 \x03(\x0b\x32\x1b.patchclamp.v1.Intervention\x12,\n\x06logits\x18\x04 \x01(\x0b\x32\x1c.patchclamp.v1.LogitsRequest\x12\x0c\n\x04loss\x18\x05 \x01(\x08\x12!\n\x04keep\x18\x06 \x03(\x0b\x32\x13.patchclamp.v1.Keep\x12\x10\n\x08\x62\x61seline\x18\x07 \x01(\x08\x12\x0f\n\x07profile\x18\x08 \x01(\t\"l\n\nRunRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x04runs\x18\x02 \x03(\x0b\x32\x16.patchclamp.v1.RunSpec\x12)\n\x08numerics\x18\x03 \x01(\x0e\x32\x17.patchclamp.v1.Numerics\"\xc3\x01\n\nRunFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.patchclamp.v1.ErrorReason\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x39\n\x08metadata\x18\x04 \x03(\x0b\x32\'.patchclamp.v1.RunFailure.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9f\x01\n\x0cLogitsResult\x12\x11\n\tpositions\x18\x01 \x03(\r\x12%\n\x06values\x18\x02 \x01(\x0b\x32\x15.patchclamp.v1.Tensor\x12,\n\x03top\x18\x03 \x03(\x0b\x32\x1f.patchclamp.v1.TokenProbability\x12\'\n\x08logprobs\x18\x04 \x01(\x0b\x32\x15.patchclamp.v1.Tensor\"L\n\x10TokenProbability\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\r\n\x05logit\x18\x04 \x01(\x02\"\x82\x03\n\tRunResult\x12\x11\n\trun_index\x18\x01 \x01(\r\x12*\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x19.patchclamp.v1.RunFailure\x12$\n\x06tokens\x18\x03 \x03(\x0b\x32\x14.patchclamp.v1.Token\x12(\n\x05reads\x18\x04 \x03(\x0b\x32\x19.patchclamp.v1.ReadResult\x12+\n\x06logits\x18\x05 \x01(\x0b\x32\x1b.patchclamp.v1.LogitsResult\x12#\n\x04loss\x18\x06 \x01(\x0b\x32\x15.patchclamp.v1.Tensor\x12(\n\x08receipts\x18\x07 \x03(\x0b\x32\x16.patchclamp.v1.Receipt\x12&\n\x07handles\x18\x08 \x03(\x0b\x32\x15.patchclamp.v1.Handle\x12\x34\n\x0f\x62\x61seline_logits\x18\t \x01(\x0b\x32\x1b.patchclamp.v1.LogitsResult\x12\x0c\n\x04text\x18\n \x01(\t\"g\n\nRunSummary\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x65ngine_seconds\x18\x03 \x01(\x01\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"\x9b\x01\n\x0bRunResponse\x12*\n\x06result\x18\x01 \x01(\x0b\x32\x18.patchclamp.v1.RunResultH\x00\x12+\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1a.patchclamp.v1.TensorChunkH\x00\x12*\n\x07summary\x18\x03 \x01(\x0b\x32\x19.patchclamp.v1.RunSummaryB\x07\n\x05\x65vent*i\n\x08Numerics\x12\x18\n\x14NUMERICS_UNSPECIFIED\x10\x00\x12\x14\n\x10NUMERICS_DEFAULT\x10\x01\x12\x1a\n\x16NUMERICS_DETERMINISTIC\x10\x02\x12\x11\n\rNUMERICS_SOLO\x10\x03\x32L\n\nRunService\x12>\n\x03Run\x12\x19.patchclamp.v1.RunRequest\x1a\x1a.patchclamp.v1.RunResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17patchclamp/v1/run.proto\x12\rpatchclamp.v1\x1a\x1bpatchclamp/v1/failure.proto\x1a\x1epatchclamp/v1/generation.proto\x1a\x1apatchclamp/v1/handle.proto\x1a patchclamp/v1/intervention.proto\x1a\x1apatchclamp/v1/logits.proto\x1a\x1cpatchclamp/v1/numerics.proto\x1a\x1apatchclamp/v1/prompt.proto\x1a\x18patchclamp/v1/read.proto\x1a\x1apatchclamp/v1/tensor.proto\"\x8a\x02\n\x07RunSpec\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.patchclamp.v1.Prompt\x12\"\n\x05reads\x18\x02 \x03(\x0b\x32\x13.patchclamp.v1.Read\x12\x32\n\rinterventions\x18\x03 \x03(\x0b\x32\x1b.patchclamp.v1.Intervention\x12,\n\x06logits\x18\x04 \x01(\x0b\x32\x1c.patchclamp.v1.LogitsRequest\x12\x0c\n\x04loss\x18\x05 \x01(\x08\x12!\n\x04keep\x18\x06 \x03(\x0b\x32\x13.patchclamp.v1.Keep\x12\x10\n\x08\x62\x61seline\x18\x07 \x01(\x08\x12\x0f\n\x07profile\x18\x08 \x01(\t\"l\n\nRunRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x04runs\x18\x02 \x03(\x0b\x32\x16.patchclamp.v1.RunSpec\x12)\n\x08numerics\x18\x03 \x01(\x0e\x32\x17.patchclamp.v1.Numerics\"\x82\x03\n\tRunResult\x12\x11\n\trun_index\x18\x01 \x01(\r\x12*\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x19.patchclamp.v1.RunFailure\x12$\n\x06tokens\x18\x03 \x03(\x0b\x32\x14.patchclamp.v1.Token\x12(\n\x05reads\x18\x04 \x03(\x0b\x32\x19.patchclamp.v1.ReadResult\x12+\n\x06logits\x18\x05 \x01(\x0b\x32\x1b.patchclamp.v1.LogitsResult\x12#\n\x04loss\x18\x06 \x01(\x0b\x32\x15.patchclamp.v1.Tensor\x12(\n\x08receipts\x18\x07 \x03(\x0b\x32\x16.patchclamp.v1.Receipt\x12&\n\x07handles\x18\x08 \x03(\x0b\x32\x15.patchclamp.v1.Handle\x12\x34\n\x0f\x62\x61seline_logits\x18\t \x01(\x0b\x32\x1b.patchclamp.v1.LogitsResult\x12\x0c\n\x04text\x18\n \x01(\t\"g\n\nRunSummary\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x65ngine_seconds\x18\x03 \x01(\x01\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"\x9b\x01\n\x0bRunResponse\x12*\n\x06result\x18\x01 \x01(\x0b\x32\x18.patchclamp.v1.RunResultH\x00\x12+\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1a.patchclamp.v1.TensorChunkH\x00\x12*\n\x07summary\x18\x03 \x01(\x0b\x32\x19.patchclamp.v1.RunSummaryB\x07\n\x05\x65vent2\x9b\x01\n\nRunService\x12>\n\x03Run\x12\x19.patchclamp.v1.RunRequest\x1a\x1a.patchclamp.v1.RunResponse0\x01\x12M\n\x08Generate\x12\x1e.patchclamp.v1.GenerateRequest\x1a\x1f.patchclamp.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'patchclamp.v1.run_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_RUNFAILURE_METADATAENTRY']._options = None
-  _globals['_RUNFAILURE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_NUMERICS']._serialized_start=1869
-  _globals['_NUMERICS']._serialized_end=1974
-  _globals['_LOGITSREQUEST']._serialized_start=246
-  _globals['_LOGITSREQUEST']._serialized_end=398
-  _globals['_RUNSPEC']._serialized_start=401
-  _globals['_RUNSPEC']._serialized_end=667
-  _globals['_RUNREQUEST']._serialized_start=669
-  _globals['_RUNREQUEST']._serialized_end=777
-  _globals['_RUNFAILURE']._serialized_start=780
-  _globals['_RUNFAILURE']._serialized_end=975
-  _globals['_RUNFAILURE_METADATAENTRY']._serialized_start=928
-  _globals['_RUNFAILURE_METADATAENTRY']._serialized_end=975
-  _globals['_LOGITSRESULT']._serialized_start=978
-  _globals['_LOGITSRESULT']._serialized_end=1137
-  _globals['_TOKENPROBABILITY']._serialized_start=1139
-  _globals['_TOKENPROBABILITY']._serialized_end=1215
-  _globals['_RUNRESULT']._serialized_start=1218
-  _globals['_RUNRESULT']._serialized_end=1604
-  _globals['_RUNSUMMARY']._serialized_start=1606
-  _globals['_RUNSUMMARY']._serialized_end=1709
-  _globals['_RUNRESPONSE']._serialized_start=1712
-  _globals['_RUNRESPONSE']._serialized_end=1867
-  _globals['_RUNSERVICE']._serialized_start=1976
-  _globals['_RUNSERVICE']._serialized_end=2052
+  _globals['_RUNSPEC']._serialized_start=306
+  _globals['_RUNSPEC']._serialized_end=572
+  _globals['_RUNREQUEST']._serialized_start=574
+  _globals['_RUNREQUEST']._serialized_end=682
+  _globals['_RUNRESULT']._serialized_start=685
+  _globals['_RUNRESULT']._serialized_end=1071
+  _globals['_RUNSUMMARY']._serialized_start=1073
+  _globals['_RUNSUMMARY']._serialized_end=1176
+  _globals['_RUNRESPONSE']._serialized_start=1179
+  _globals['_RUNRESPONSE']._serialized_end=1334
+  _globals['_RUNSERVICE']._serialized_start=1337
+  _globals['_RUNSERVICE']._serialized_end=1492
 # @@protoc_insertion_point(module_scope)

@@ -2,6 +2,7 @@
 """Client and server classes corresponding to protobuf-defined services."""
 import grpc
 
+from patchclamp.v1 import generation_pb2 as patchclamp_dot_v1_dot_generation__pb2
 from patchclamp.v1 import run_pb2 as patchclamp_dot_v1_dot_run__pb2
 
 
@@ -20,6 +21,11 @@ class RunServiceStub(object):
                 request_serializer=patchclamp_dot_v1_dot_run__pb2.RunRequest.SerializeToString,
                 response_deserializer=patchclamp_dot_v1_dot_run__pb2.RunResponse.FromString,
                 )
+        self.Generate = channel.unary_stream(
+                '/patchclamp.v1.RunService/Generate',
+                request_serializer=patchclamp_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=patchclamp_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+                )
 
 
 class RunServiceServicer(object):
@@ -36,6 +42,16 @@ class RunServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Generate(self, request, context):
+        """Goes on with a prompt, token by token, in batches with the generations of other callers. The stream gives a
+        GenerationStart, each token as it comes (large tensors of its reads in chunks after it), the end of each sample, and
+        last a GenerationSummary. A sample that fails does so alone; an invalid request is refused as a whole, before
+        anything runs. The deadline and cancellation are honoured between layers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RunServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -43,6 +59,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.Run,
                     request_deserializer=patchclamp_dot_v1_dot_run__pb2.RunRequest.FromString,
                     response_serializer=patchclamp_dot_v1_dot_run__pb2.RunResponse.SerializeToString,
+            ),
+            'Generate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=patchclamp_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
+                    response_serializer=patchclamp_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -69,5 +90,22 @@ class RunService(object):
         return grpc.experimental.unary_stream(request, target, '/patchclamp.v1.RunService/Run',
             patchclamp_dot_v1_dot_run__pb2.RunRequest.SerializeToString,
             patchclamp_dot_v1_dot_run__pb2.RunResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/patchclamp.v1.RunService/Generate',
+            patchclamp_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
+            patchclamp_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
