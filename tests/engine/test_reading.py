@@ -23,9 +23,9 @@ from patchclamp_server.engine.messages import (
     Reduction,
     RunSpec,
     TopK,
-    UnembedRow,
 )
 from patchclamp_server.hookpoints import HookPoint, Site
+from patchclamp_server.interventions.ops import UnembedRow
 from patchclamp_server.positions import ALL, LAST, Positions, Range, Span
 
 LLAMA = family_named("llama")

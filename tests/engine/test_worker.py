@@ -14,7 +14,7 @@ from engine.jobs import PATIENCE, Gate, Mailbox, gated, job
 from engine.models import counted, hooks_on, plain_logits, plain_model, resident
 from families import family_named
 from patchclamp_server.adapters.adapter import Adapter
-from patchclamp_server.engine.execution import execute
+from patchclamp_server.engine.execution import PreparedRun, execute_prepared
 from patchclamp_server.engine.loading import Resident
 from patchclamp_server.engine.messages import (
     EngineFailed,
@@ -313,16 +313,16 @@ def test_a_failed_runs_error_tells_nothing_of_the_inside(worker: Worker) -> None
     assert (type(error), error.reason, error.message) == (Error, "INTERNAL", "the engine failed on this run")
 
 
-EXECUTE = "patchclamp_server.engine.worker.execute"
+EXECUTE = "patchclamp_server.engine.worker.execute_prepared"
 
 
 def raising(fault: Exception, when: Callable[[int], bool] = lambda rows: True) -> Callable[..., tuple[RunOutput, ...]]:
     """An `execute` that fails for batches of certain sizes."""
 
-    def failing(runner: Runner, runs: Sequence[RunSpec], check: Callable[[], None]) -> tuple[RunOutput, ...]:
+    def failing(runner: Runner, runs: Sequence[PreparedRun], check: Callable[[], None]) -> tuple[RunOutput, ...]:
         if when(len(runs)):
             raise fault
-        return execute(runner, runs, check)
+        return execute_prepared(runner, runs, check)
 
     return failing
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from patchclamp_server.adapters import taps
 from patchclamp_server.adapters.algebra import Algebra, BlockAlgebra
@@ -70,6 +72,21 @@ class Adapter:
             for site in Site
             if (layers := self._layers(site)) or site is Site.LOGITS
         )
+
+    @cached_property
+    def site_info(self) -> dict[Site, SiteInfo]:
+        """The same by site."""
+        return {info.site: info for info in self.sites}
+
+    def own_cache(self) -> Any:
+        """An empty cache of the model's own kind, for one run."""
+        return DynamicCache(config=self.model.config)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers."""
+        dims = self.dims
+        return 2 * dims.n_layers * dims.n_kv_heads * dims.d_head * self.probes.dtype.itemsize
 
     @cached_property
     def absent(self) -> tuple[AbsentSite, ...]:

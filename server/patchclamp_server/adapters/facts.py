@@ -28,7 +28,11 @@ class Dims:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is loaded: names, sizes, placement, and which sites exist or not."""
+    """What is loaded: names, sizes, placement, and which sites exist or not.
+
+    `no_slots_reason` says why generations of this model cannot share a cache and run one by one; empty where they can.
+    `end_ids` are the tokens that the model's own settings end a text with.
+    """
 
     name: str
     revision: str
@@ -40,6 +44,8 @@ class ModelFacts:
     parallel: bool
     sites: tuple[SiteInfo, ...]
     absent: tuple[AbsentSite, ...]
+    no_slots_reason: str = ""
+    end_ids: frozenset[int] = frozenset()
 
     @cached_property
     def site_info(self) -> dict[Site, SiteInfo]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -40,8 +40,24 @@ class Stage(StrEnum):
     NEURONS = "neurons"
 
 
+class Memory(Protocol):
+    """Keys and values of tokens that earlier forwards have seen."""
+
+    def extend(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Adds those of this forward's tokens, [batch, kv_head, query, d_head].
+
+        Gives keys and values of all tokens, [batch, kv_head, key, d_head], and where attention may look: bool
+        [batch, 1, query, key].
+        """
+
+
 class Probes:
     """The handlers of one model, by layer and stage. One forward at a time may use them. `dtype` is the model's.
+
+    With a `memory`, attention looks at earlier tokens too. `windows` are the layers whose attention slides, with how
+    many tokens each sees.
 
     `catches_softmax` tells that the model's attention is outside the interface; `rotates` that queries and keys are
     rotated before the scores; `sinks` that attention sinks take part of the probability. `current_layer` is the layer
@@ -51,6 +67,8 @@ class Probes:
     def __init__(self) -> None:
         self.handlers: dict[tuple[int, Stage], Handler] = {}
         self.layers: dict[nn.Module, int] = {}
+        self.windows: dict[int, int] = {}
+        self.memory: Memory | None = None
         self.dtype = torch.float32
         self.experts_implementation = "eager"
         self.catches_softmax = False
@@ -93,6 +111,10 @@ class Probes:
         query = _swapped(self.visit(layer, Stage.ROT_Q, _swapped(query)))
         key = _swapped(self.visit(layer, Stage.ROT_K, _swapped(key)))
         self.sinks = self.sinks or s_aux is not None
+        if kwargs.get("sliding_window"):
+            self.windows[layer] = int(kwargs["sliding_window"])
+        if self.memory is not None:
+            key, value, attention_mask = self.memory.extend(layer, key, value)
         plain = softcap is None and s_aux is None
         if plain and not self.wants(layer, Stage.SCORES, Stage.PATTERN):
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

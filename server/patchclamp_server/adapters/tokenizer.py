@@ -52,6 +52,12 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end a text; none where the tokenizer names none."""
+        end = self._tokenizer.eos_token_id
+        return frozenset() if end is None else frozenset({int(end)})
+
     def encode(self, text: str, *, special_tokens: bool = True, limit: int | None = None) -> Tokens:
         """Tokens of a text; `special_tokens` adds the model's own (such as a leading BOS).
 
@@ -98,6 +104,10 @@ class Tokenizer:
             behind = self._decode([*self._anchor, token_id])
             self._pieces[token_id] = behind.removeprefix(self._decode(self._anchor))
         return self._pieces[token_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens; special ones have none."""
+        return self._decode([token for token in ids if token not in self._special])
 
     def _decode(self, ids: Sequence[int]) -> str:
         with self._lock:

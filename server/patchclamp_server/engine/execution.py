@@ -1,7 +1,9 @@
 """Execution: one batch of runs through the runner, from specs to outputs on the host.
 
-The logits that runs ask for in any form (rows, top-k, log-probabilities, loss, reads of the site `logits`) are computed
-once per row and position, then each form is taken from them on the device.
+A run is prepared on its own, so that what is wrong with its edits concerns no other; prepared runs share a forward. A
+run that asks for its baseline is in the batch twice. The logits that runs ask for in any form (rows, top-k,
+log-probabilities, loss, reads of the site `logits`) are computed once per row and position, then each form is taken
+from them on the device.
 """
 
 from __future__ import annotations
@@ -12,10 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from patchclamp_server.engine.editing import Editing
+from patchclamp_server.engine.exchange import Exchange
 from patchclamp_server.engine.messages import LogitsOutput, LogitsSpec, RunOutput, RunSpec
 from patchclamp_server.engine.reading import Captures, ReadPlan, plan_reads
 from patchclamp_server.engine.runner import Batch, Forward, Runner
+from patchclamp_server.errors import FailedPrecondition
 from patchclamp_server.hookpoints import HookPoint, Site
+from patchclamp_server.interventions.compiling import RowPlan, compile_row
+from patchclamp_server.interventions.ops import RowEdits
+from patchclamp_server.interventions.plan import Plan
+from patchclamp_server.interventions.sources import resolved
 
 _LOGITS = HookPoint(Site.LOGITS)
 _ROWS_AT_ONCE = 256
@@ -48,30 +57,135 @@ class LogitRows:
         return logits.index_select(0, index)
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedRun:
+    """A run with its edits compiled, and what other runs of its job will take from it.
+
+    `keep` gets each value that is `wanted`, `[*axes]` without padding.
+    """
+
+    run: RunSpec
+    edits: RowPlan
+    wanted: frozenset[HookPoint] = frozenset()
+    keep: Callable[[HookPoint, torch.Tensor], None] | None = None
+
+
+def prepare(runner: Runner, run: RunSpec, exchange: Exchange | None = None, index: int = 0) -> PreparedRun:
+    """Compiles the edits of run `index` of a job. Raises FailedPrecondition for one that selects no row."""
+    exchange = exchange or Exchange()
+    length = len(run.token_ids)
+    sites = runner.adapter.site_info
+    named = RowEdits(run.interventions, prompt_length=length, max_length=length)
+    edits = compile_row(resolved(named, sites, _unembed_row(runner), exchange.take), sites)
+    for intervention in edits.never_fired:
+        raise FailedPrecondition(
+            f"interventions[{intervention}] selects no row of this run of {length} tokens",
+            reason="INTERVENTION_NEVER_FIRED",
+            metadata={"intervention": str(intervention)},
+        )
+    return PreparedRun(run, edits, exchange.wanted(index), lambda point, value: exchange.put(index, point, value))
+
+
 def execute(runner: Runner, runs: Sequence[RunSpec], check: Callable[[], None] | None = None) -> tuple[RunOutput, ...]:
+    """Runs a batch of runs that take nothing from each other."""
+    return execute_prepared(runner, [prepare(runner, run) for run in runs], check)
+
+
+def execute_prepared(
+    runner: Runner, prepared: Sequence[PreparedRun], check: Callable[[], None] | None = None
+) -> tuple[RunOutput, ...]:
     """Runs a batch. `check` is called before every block and may raise to abort."""
+    baselines = {index: len(prepared) + n for n, index in enumerate(_with_baseline(prepared))}
+    runs = [*(one.run for one in prepared), *(_baseline(prepared[index].run) for index in baselines)]
+    batch = Batch.of([run.token_ids for run in runs], runner.input_device)
     reads = plan_reads(runs)
     rows = LogitRows.of(runs, reads)
     captures = Captures(reads, runner.adapter.unembed.logits, _unembed_row(runner))
+    plan = _plan(runner, prepared, batch)
+    editing = Editing(plan)
+    watch = _Watch(captures, prepared, editing)
     logits = runner.run(
         Forward(
-            Batch.of([run.token_ids for run in runs], runner.input_device),
-            reads=reads.hook_points,
-            capture=captures.take,
+            batch,
+            reads=watch.hook_points,
+            capture=watch.take,
+            edits=editing.edits,
             logit_rows=rows.pairs,
             check=check,
         )
     )
     for request in reads.requests.get(_LOGITS, ()):
         captures.take_rows(request, rows.take(logits, request.row, request.positions))
-    return tuple(_output(row, run, rows, logits, captures) for row, run in enumerate(runs))
+    return tuple(_output(row, runs, rows, logits, captures, plan, baselines.get(row)) for row in range(len(prepared)))
 
 
-def _output(row: int, run: RunSpec, rows: LogitRows, logits: torch.Tensor, captures: Captures) -> RunOutput:
+def _with_baseline(prepared: Sequence[PreparedRun]) -> Iterator[int]:
+    return (index for index, one in enumerate(prepared) if one.run.baseline)
+
+
+def _baseline(run: RunSpec) -> RunSpec:
+    """The run without its edits, for its logits alone."""
+    return RunSpec(run.token_ids, logits=run.logits)
+
+
+def _plan(runner: Runner, prepared: Sequence[PreparedRun], batch: Batch) -> Plan | None:
+    """The edits of a batch, at the tokens where its rows have them; None where no row has any."""
+    if not any(one.run.interventions for one in prepared):
+        return None
+    n_rows, n_positions = batch.input_ids.shape
+    device, dtype = runner.input_device, runner.adapter.probes.dtype
+    plan = Plan(runner.adapter.site_info, rows=n_rows, max_length=n_positions, device=device, dtype=dtype)
+    plan.reserve([one.edits for one in prepared])
+    for row, one in enumerate(prepared):
+        plan.place(row, one.edits)
+    positions = torch.arange(n_positions, device=device).expand(n_rows, n_positions)  # [batch, pos]
+    lengths = torch.tensor(batch.lengths, device=device)[:, None]
+    plan.step(torch.where(positions < lengths, positions, -1))
+    return plan
+
+
+class _Watch:
+    """What a forward shows, and to whom: reads, conditions of edits, and other runs of a job."""
+
+    def __init__(self, captures: Captures, prepared: Sequence[PreparedRun], editing: Editing) -> None:
+        self._captures = captures
+        self._prepared = prepared
+        self._editing = editing
+        wanted = frozenset[HookPoint]().union(*(one.wanted for one in prepared))
+        self.hook_points = captures.plan.hook_points | editing.conditions | wanted
+
+    def take(self, point: HookPoint, value: torch.Tensor) -> None:
+        self._editing.observe(point, value)
+        for row, one in enumerate(self._prepared):
+            if point in one.wanted and one.keep is not None:
+                one.keep(point, _whole(point, value[row], len(one.run.token_ids)))
+        if point in self._captures.plan.hook_points:
+            self._captures.take(point, value)
+
+
+def _whole(point: HookPoint, value: torch.Tensor, length: int) -> torch.Tensor:
+    """A copy of one run's value `[*axes]` without its padding: later layers may write in place."""
+    axis = point.site.position_axis
+    kept = value.narrow(axis, 0, length)
+    return (kept[..., :length] if axis else kept).clone()
+
+
+def _output(
+    row: int,
+    runs: Sequence[RunSpec],
+    rows: LogitRows,
+    logits: torch.Tensor,
+    captures: Captures,
+    plan: Plan | None,
+    baseline: int | None,
+) -> RunOutput:
+    run = runs[row]
     return RunOutput(
         reads=captures.of_row(row),
         logits=_logits(row, run, run.logits, rows, logits) if run.logits else None,
         loss=_loss(row, run, rows, logits) if run.loss else None,
+        receipts=plan.receipts(row) if plan is not None else (),
+        baseline=_logits(baseline, run, run.logits, rows, logits) if baseline is not None and run.logits else None,
     )
 
 

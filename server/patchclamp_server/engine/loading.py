@@ -23,7 +23,7 @@ from patchclamp_server.adapters.load import Checkpoint, ModelSource, load_checkp
 from patchclamp_server.adapters.probes import Probes, Stage
 from patchclamp_server.adapters.tokenizer import Tokenizer
 from patchclamp_server.engine.messages import Progress
-from patchclamp_server.engine.proof import prove
+from patchclamp_server.engine.proof import prove, why_no_slots
 from patchclamp_server.engine.runner import Runner, record
 
 
@@ -64,8 +64,9 @@ def make_resident(checkpoint: Checkpoint, name: str, progress: Callable[[Progres
     runner = Runner(adapter)
     progress(Progress("proving hook points", 0.8))
     prove(runner, ids, recording.logits)
+    no_slots_reason = why_no_slots(runner, ids, recording.logits)
     progress(Progress("ready", 1.0))
-    return Resident(_facts(adapter, checkpoint, name), checkpoint.tokenizer, runner)
+    return Resident(_facts(adapter, checkpoint, name, no_slots_reason), checkpoint.tokenizer, runner)
 
 
 def read_dims(layout: Layout, config: Any) -> Dims:
@@ -152,7 +153,7 @@ def _input_device(layout: Layout) -> torch.device:
     return torch.device("cpu") if weight.is_meta else weight.device
 
 
-def _facts(adapter: Adapter, checkpoint: Checkpoint, name: str) -> ModelFacts:
+def _facts(adapter: Adapter, checkpoint: Checkpoint, name: str, no_slots_reason: str) -> ModelFacts:
     model = checkpoint.model
     return ModelFacts(
         name=name,
@@ -165,4 +166,12 @@ def _facts(adapter: Adapter, checkpoint: Checkpoint, name: str) -> ModelFacts:
         parallel=adapter.parallel,
         sites=adapter.sites,
         absent=adapter.absent,
+        no_slots_reason=no_slots_reason,
+        end_ids=_end_ids(model),
     )
+
+
+def _end_ids(model: nn.Module) -> frozenset[int]:
+    settings = getattr(model, "generation_config", None)
+    ends = getattr(settings, "eos_token_id", None)
+    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)

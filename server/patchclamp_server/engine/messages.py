@@ -7,13 +7,17 @@ here: names are resolved, hook points exist, positions and heads are inside thei
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 
 from patchclamp_server.adapters.facts import ModelFacts
 from patchclamp_server.adapters.tokenizer import Tokenizer
+from patchclamp_server.engine.sampling import SamplingRules
 from patchclamp_server.errors import Error
 from patchclamp_server.hookpoints import HookPoint, Site
+from patchclamp_server.interventions.ops import Intervention, UnembedRow
+from patchclamp_server.interventions.receipts import Receipt
 from patchclamp_server.positions import LAST, Positions
 
 
@@ -43,13 +47,6 @@ class TopK:
 
     k: int
     by_magnitude: bool = False
-
-
-@dataclass(frozen=True)
-class UnembedRow:
-    """The unembedding row of a token: the direction that raises its logit."""
-
-    token_id: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +96,56 @@ class LogitsSpec:
 
 @dataclass(frozen=True, eq=False)
 class RunSpec:
-    """One run: its tokens and what it returns. `loss` asks for the loss of every token given those before it."""
+    """One run: its tokens, what it returns, and the edits that it carries, in order.
+
+    `loss` asks for the loss of every token given those before it. `sources` are the values of other runs of the job,
+    by run and hook point, that the edits take from; no run waits for itself, directly or through others. `baseline`
+    asks for the logits that the run has without its edits, too.
+    """
 
     token_ids: tuple[int, ...]
     reads: tuple[ReadSpec, ...] = ()
     logits: LogitsSpec | None = None
     loss: bool = False
+    interventions: tuple[Intervention, ...] = ()
+    sources: frozenset[tuple[int, HookPoint]] = frozenset()
+    baseline: bool = False
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """When a sample ends: after so many tokens, or with a token or text of these, which is not part of its text."""
+
+    max_new_tokens: int
+    token_ids: frozenset[int] = frozenset()
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationSpec:
+    """A prompt that is gone on with, by samples that each choose their own way.
+
+    The edits and reads count positions over prompt and generated tokens. `received` are tokens that the caller has from
+    a stream that broke, for each sample: they are taken as generated, and what follows goes on behind them.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: tuple[SamplingRules, ...]
+    stop: StopRules
+    interventions: tuple[Intervention, ...] = ()
+    reads: tuple[ReadSpec, ...] = ()
+    top_logprobs: int = 0
+    received: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationJob:
+    """A request to generate. `deadline` is on time.monotonic's clock. `solo` asks for batches of one."""
+
+    job_id: int
+    spec: GenerationSpec
+    deadline: float | None = None
+    solo: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,11 +188,14 @@ class LogitsOutput:
 
 @dataclass(frozen=True, eq=False)
 class RunOutput:
-    """What one run gave: reads in request order, layers ascending; `loss` is float32 [pos - 1]."""
+    """What one run gave: reads in request order, layers ascending; `loss` is float32 [pos - 1]; a receipt for each
+    intervention."""
 
     reads: tuple[ReadOutput, ...] = ()
     logits: LogitsOutput | None = None
     loss: torch.Tensor | None = None
+    receipts: tuple[Receipt, ...] = ()
+    baseline: LogitsOutput | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +213,50 @@ class RunFailed:
 
     job_id: int
     run_index: int
+    error: Error
+
+
+class Finish(StrEnum):
+    """Why a sample ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CONTEXT = "context"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGenerated:
+    """One more token of a sample. `text` is what became certain with it. Log-probabilities are those of the model,
+    before sampling changed the distribution; `top_ids` and `top_logprobs` are the most probable tokens, [k]."""
+
+    job_id: int
+    sample: int
+    index: int
+    token_id: int
+    text: str
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+    reads: tuple[ReadOutput, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class SampleEnded:
+    """A sample is done; `text` is what was still held back. Receipts are over prompt and generated tokens."""
+
+    job_id: int
+    sample: int
+    finish: Finish
+    text: str
+    receipts: tuple[Receipt, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleFailed:
+    """One sample failed; the others of its job go on."""
+
+    job_id: int
+    sample: int
     error: Error
 
 
@@ -191,6 +279,10 @@ class JobFailed:
 
 
 Event = RunFinished | RunFailed | JobDone | JobFailed
+"""What is said of a job of runs."""
+
+GenerationEvent = TokenGenerated | SampleEnded | SampleFailed | JobDone | JobFailed
+"""What is said of a generation."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from patchclamp_server.engine.runner import Batch, Edit, Forward, Runner
+from patchclamp_server.engine.slots import Slots
 from patchclamp_server.errors import FailedPrecondition
 from patchclamp_server.hookpoints import HookPoint, Site, SiteInfo
 
@@ -39,6 +40,27 @@ def prove(runner: Runner, ids: torch.Tensor, plain_logits: torch.Tensor) -> None
     _prove_patterns(runner, seen, tolerance)
     _prove_stream(runner, seen, tolerance)
     _prove_edits(runner, ids)
+
+
+def why_no_slots(runner: Runner, ids: torch.Tensor, plain_logits: torch.Tensor) -> str:
+    """Why this model's generations cannot share a cache: empty where a prompt that comes in three parts gives the
+    logits of the prompt as a whole."""
+    if runner.adapter.probes.catches_softmax:
+        return "its attention is outside the attention interface of transformers"
+    slots = Slots(runner.adapter.probes.windows, runner.input_device)
+    length = ids.shape[1]
+    found = []
+    try:
+        for start, stop in ((0, length - 3), (length - 3, length - 1), (length - 1, length)):
+            count = stop - start
+            positions = slots.begin([0], [start], [count])
+            rows = [(0, place) for place in range(count)]
+            batch = Batch(ids[:, start:stop], (count,))
+            found.append(runner.run(Forward(batch, logit_rows=rows, memory=slots, positions=positions)))
+        _require_close("logits of a prompt in parts", torch.cat(found), plain_logits[0], _TOLERANCE[plain_logits.dtype])
+    except (FailedPrecondition, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as fault:
+        return f"a prompt that comes in parts gives other results: {fault}"
+    return ""
 
 
 def _run_all(runner: Runner, ids: torch.Tensor) -> _Seen:

@@ -24,9 +24,9 @@ from patchclamp_server.engine.messages import (
     Reduction,
     RunSpec,
     TopK,
-    UnembedRow,
 )
 from patchclamp_server.hookpoints import HookPoint, Site
+from patchclamp_server.interventions.ops import UnembedRow
 
 # Rows whose logits are computed at once by a logit lens: bounds its memory at rows x d_vocab.
 _LENS_ROWS = 256

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from patchclamp_server.adapters.adapter import Adapter
+from patchclamp_server.adapters.probes import Memory
 from patchclamp_server.adapters.recording import Call, Recording, first_argument, first_tensor
 from patchclamp_server.adapters.taps import Moment, Tap, Visit
 from patchclamp_server.hookpoints import HookPoint, Site
@@ -76,7 +77,9 @@ class Forward:
     """What one forward is asked for.
 
     `reads` are handed to `capture`; `edits` map a site's `[batch, *axes]` to its new value. `logit_rows` are (row,
-    position) pairs. `check` is called before every block and may raise to abort.
+    position) pairs. `check` is called before every block and may raise to abort. With a `memory` the rows go on where
+    earlier forwards ended: `positions` [batch, pos] are where in their runs the tokens are. `own_cache` is the model's
+    own kind of memory, for batches of one.
     """
 
     batch: Batch
@@ -85,6 +88,9 @@ class Forward:
     edits: Mapping[HookPoint, Edit] | None = None
     logit_rows: Sequence[tuple[int, int]] = ()
     check: Callable[[], None] | None = None
+    memory: Memory | None = None
+    positions: torch.Tensor | None = None
+    own_cache: Any = None
 
 
 class Runner:
@@ -106,8 +112,9 @@ class Runner:
             stack.enter_context(self._remembered(programs))
             stack.enter_context(self._frame(forward))
             stack.enter_context(self.adapter.probes.active())
+            stack.enter_context(self._remembering(forward.memory))
             try:
-                output = self.adapter.model(input_ids=forward.batch.input_ids, use_cache=False)
+                output = self.adapter.model(input_ids=forward.batch.input_ids, **_memory_arguments(forward))
             except _Finished:
                 return torch.empty(0, self.adapter.dims.d_vocab)
         logits: torch.Tensor = output.logits[0]  # [rows, d_vocab]
@@ -182,6 +189,14 @@ class Runner:
             yield
 
     @contextmanager
+    def _remembering(self, memory: Memory | None) -> Iterator[None]:
+        self.adapter.probes.memory = memory
+        try:
+            yield
+        finally:
+            self.adapter.probes.memory = None
+
+    @contextmanager
     def _frame(self, forward: Forward) -> Iterator[None]:
         """Hooks that every forward has: the check before each block, the early stop, the gathered logits."""
         blocks, stop = self.adapter.layout.blocks, self._last_layer(forward)
@@ -198,12 +213,14 @@ class Runner:
     def _last_layer(self, forward: Forward) -> int:
         """The last layer that has to run; all of them when anything after the blocks is needed."""
         everything = len(self.adapter.layout.blocks)
-        if forward.logit_rows or not forward.reads:
+        # Edits run even where nothing is read behind them: their receipts tell what they did.
+        points = forward.reads | (forward.edits or {}).keys()
+        if forward.logit_rows or not points:
             return everything
         late = (Site.LN_FINAL, Site.LN_FINAL_SCALE, Site.LOGITS)
-        if any(point.site in late for point in forward.reads):
+        if any(point.site in late for point in points):
             return everything
-        return max(point.layer if point.layer is not None else -1 for point in forward.reads)
+        return max(point.layer if point.layer is not None else -1 for point in points)
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream = first_argument(args, kwargs)
@@ -282,6 +299,13 @@ def _with_first(
         return (new, *args[1:]), kwargs
     name = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
     return args, kwargs | {name: new}
+
+
+def _memory_arguments(forward: Forward) -> dict[str, Any]:
+    if forward.own_cache is not None:
+        return {"past_key_values": forward.own_cache, "use_cache": True}
+    places = {} if forward.positions is None else {"position_ids": forward.positions}
+    return {"use_cache": False, **places}
 
 
 def _checking(check: Callable[[], None]) -> Callable[..., None]:

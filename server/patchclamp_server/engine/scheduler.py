@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from patchclamp_server.engine.exchange import Exchange
 from patchclamp_server.engine.messages import Event, Job, RunSpec
 
 
@@ -26,13 +27,17 @@ class BatchLimits:
 
 @dataclass(eq=False)
 class JobState:
-    """A job in the engine: what waits, what is left to answer, and when it was served. Times on time.monotonic."""
+    """A job in the engine: what waits, what is left to answer, and when it was served. Times on time.monotonic.
+
+    `pending` are the runs that may run now; those that take values from others join them when these are done.
+    """
 
     job: Job
     emit: Callable[[Event], None]
     submitted: float
     pending: deque[int]
     unanswered: int
+    exchange: Exchange = field(default_factory=Exchange)
     cancelled: bool = False
     started: float | None = None
     engine_seconds: float = 0.0
@@ -58,6 +63,11 @@ class Row:
     def run(self) -> RunSpec:
         return self.state.job.runs[self.run_index]
 
+    @property
+    def width(self) -> int:
+        """Rows of the batch that it takes: another for its baseline."""
+        return 2 if self.run.baseline else 1
+
 
 @dataclass(eq=False)
 class Scheduler:
@@ -67,14 +77,19 @@ class Scheduler:
     jobs: OrderedDict[int, JobState] = field(default_factory=OrderedDict)
 
     def add(self, job: Job, emit: Callable[[Event], None]) -> None:
-        runs = range(len(job.runs))
-        self.jobs[job.job_id] = JobState(job, emit, time.monotonic(), deque(runs), len(runs))
+        exchange = Exchange.of(job.runs)
+        ready = deque(index for index in range(len(job.runs)) if index not in exchange.awaited)
+        self.jobs[job.job_id] = JobState(job, emit, time.monotonic(), ready, len(job.runs), exchange)
 
     def remove(self, job_id: int) -> None:
         self.jobs.pop(job_id, None)
 
-    def next_batch(self) -> tuple[Row, ...]:
-        """The rows that run next; none when nothing waits. They are no longer pending."""
+    def next_batch(self, max_tokens: int | None = None) -> tuple[Row, ...]:
+        """The rows that run next; none when nothing waits. They are no longer pending.
+
+        `max_tokens` makes a batch smaller than its limit; one row always runs.
+        """
+        limit = min(self.limits.max_tokens, max_tokens or self.limits.max_tokens)
         first = next(self._turns(), None)
         if first is None:
             return ()
@@ -83,7 +98,7 @@ class Scheduler:
         for row in self._turns():
             if row.state.job.solo != first.state.job.solo or _bucket(row) != bucket:
                 continue
-            if rows and (first.state.job.solo or not self._fits(rows, row)):
+            if rows and (first.state.job.solo or not self._fits(rows, row, limit)):
                 break
             rows.append(row)
         for row in rows:
@@ -103,9 +118,10 @@ class Scheduler:
                     still.append((state, indices))
             waiting = still
 
-    def _fits(self, rows: list[Row], row: Row) -> bool:
+    def _fits(self, rows: list[Row], row: Row, max_tokens: int) -> bool:
         longest = max(len(member.run.token_ids) for member in (*rows, row))
-        return len(rows) < self.limits.max_rows and longest * (len(rows) + 1) <= self.limits.max_tokens
+        width = sum(member.width for member in (*rows, row))
+        return width <= self.limits.max_rows and longest * width <= max_tokens
 
 
 def _bucket(row: Row) -> int:

@@ -13,16 +13,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
-import torch
-
-from patchclamp_server.engine.execution import execute
+from patchclamp_server.engine.decoding import Decoder, DecodingLimits
+from patchclamp_server.engine.execution import PreparedRun, execute_prepared, prepare
+from patchclamp_server.engine.faults import Abandoned, as_error, make_room, raise_if_fatal
+from patchclamp_server.engine.generations import Generation, Generations
 from patchclamp_server.engine.loading import Resident
 from patchclamp_server.engine.messages import (
     EngineFailed,
     Event,
+    GenerationEvent,
+    GenerationJob,
     Job,
     JobDone,
     JobFailed,
@@ -34,15 +38,14 @@ from patchclamp_server.engine.messages import (
     RunOutput,
 )
 from patchclamp_server.engine.scheduler import BatchLimits, JobState, Row, Scheduler
-from patchclamp_server.errors import Cancelled, DeadlineExceeded, Error, TooLarge, Unavailable
+from patchclamp_server.errors import Cancelled, DeadlineExceeded, Error, FailedPrecondition, Unavailable
 
 _log = logging.getLogger(__name__)
 
+# How often paused generations are looked after, when nothing else is to be done.
+_PAUSED_SECONDS = 0.1
+
 Load = Callable[[Callable[[Progress], None]], Resident]
-
-
-class _Abandoned(Exception):
-    """Every row of the running batch is dead."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +54,21 @@ class _Submit:
     emit: Callable[[Event], None]
 
 
+@dataclass(frozen=True, eq=False)
+class _Generate:
+    job: GenerationJob
+    emit: Callable[[GenerationEvent], None]
+
+
 @dataclass(frozen=True)
 class _Cancel:
     job_id: int
+
+
+@dataclass(frozen=True)
+class _Pause:
+    job_id: int
+    paused: bool
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ class _Stop:
     pass
 
 
-_Message = _Submit | _Cancel | _Stop
+_Message = _Submit | _Generate | _Cancel | _Pause | _Stop
 
 
 class Worker:
@@ -71,10 +86,12 @@ class Worker:
     own thread and must not block it.
     """
 
-    def __init__(self, load: Load, limits: BatchLimits | None = None) -> None:
+    def __init__(self, load: Load, limits: BatchLimits | None = None, decoding: DecodingLimits | None = None) -> None:
         self._load = load
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._scheduler = Scheduler(limits or BatchLimits())
+        self._decoding = decoding or DecodingLimits()
+        self._generations: Generations | None = None
         self._stopping = False
         # Held while a message goes in, so that none does after the thread has looked for the last time.
         self._gate = threading.Lock()
@@ -92,6 +109,15 @@ class Worker:
         if not self._post(_Submit(job, emit)):
             emit(JobFailed(job.job_id, self._refusal()))
 
+    def generate(self, job: GenerationJob, emit: Callable[[GenerationEvent], None]) -> None:
+        """Hands over a generation. Ends in JobDone after the end of each sample, or in JobFailed."""
+        if not self._post(_Generate(job, emit)):
+            emit(JobFailed(job.job_id, self._refusal()))
+
+    def pause(self, job_id: int, *, paused: bool) -> None:
+        """Withholds tokens from a generation whose caller does not keep up, or goes on with it."""
+        self._post(_Pause(job_id, paused))
+
     def cancel(self, job_id: int) -> None:
         """Ends a job early: JobFailed follows once the engine has let go of it. Unknown jobs are ignored."""
         self._post(_Cancel(job_id))
@@ -105,7 +131,11 @@ class Worker:
     @property
     def waiting(self) -> int:
         """Jobs not yet answered."""
-        return len(self._scheduler.jobs) + self._inbox.qsize()
+        return len(self._scheduler.jobs) + len(self._open) + self._inbox.qsize()
+
+    @property
+    def _open(self) -> dict[int, Generation]:
+        return self._generations.open if self._generations is not None else {}
 
     def _post(self, message: _Message) -> bool:
         """Whether the thread will still read it."""
@@ -127,10 +157,12 @@ class Worker:
         except Exception as fault:
             self._fail(fault, report)
             return
+        decoder = Decoder(resident.runner, self._decoding, shared=not resident.facts.no_slots_reason)
+        self._generations = Generations(resident.runner, resident.tokenizer, decoder, resident.fingerprint)
         report(Loaded(resident.facts, resident.tokenizer))
         try:
             while not self._stopping:
-                self._take_messages(block=not self._scheduler.jobs)
+                self._take_messages(block=not self._busy)
                 if not self._stopping:
                     self._step(resident)
         except Exception as fault:
@@ -148,28 +180,51 @@ class Worker:
     def _refuse_all(self) -> None:
         for state in list(self._scheduler.jobs.values()):
             self._end(state, self._refusal())
+        for generation in list(self._open.values()):
+            self._end_generation(generation, self._refusal())
 
     def _refusal(self) -> Unavailable:
         reason = "ENGINE_FAILED" if self._failed else "NOT_SERVING"
         return Unavailable("the engine stopped before this request was done", reason=reason)
 
+    @property
+    def _busy(self) -> bool:
+        return bool(self._scheduler.jobs) or (self._generations is not None and self._generations.busy)
+
     def _take_messages(self, *, block: bool) -> None:
+        """What came in. `block` waits for a message; not for long where paused generations may die meanwhile."""
         while block or self._inbox.qsize():
+            try:
+                message = self._inbox.get(timeout=_PAUSED_SECONDS if self._open else None)
+            except Empty:
+                return
             block = False
-            match self._inbox.get():
+            match message:
                 case _Submit(job, emit):
                     self._scheduler.add(job, emit)
+                case _Generate(job, emit):
+                    if self._generations is None:
+                        emit(JobFailed(job.job_id, self._refusal()))
+                    else:
+                        self._generations.add(job, emit)
                 case _Cancel(job_id):
-                    state = self._scheduler.jobs.get(job_id)
+                    state = self._scheduler.jobs.get(job_id) or self._open.get(job_id)
                     if state is not None:
                         state.cancelled = True
+                case _Pause(job_id, paused):
+                    if job_id in self._open:
+                        self._open[job_id].paused = paused
                 case _Stop():
                     self._stopping = True
 
     def _step(self, resident: Resident) -> None:
-        """One batch, if anything waits."""
+        """One forward for those that generate and one batch of runs, of each if anything waits."""
         self._bury()
-        rows = self._scheduler.next_batch()
+        decoding = self._generations is not None and self._generations.busy
+        if decoding:
+            self._advance()
+        # A batch of runs is as long as a chunk of prompts while others wait for their tokens.
+        rows = self._scheduler.next_batch(self._decoding.chunk_tokens if decoding else None)
         if rows:
             self._run(resident, rows)
             self._bury()
@@ -177,20 +232,37 @@ class Worker:
     def _bury(self) -> None:
         """Ends the jobs that nobody waits for any more."""
         for state in [state for state in self._scheduler.jobs.values() if state.dead]:
-            late = DeadlineExceeded("the deadline passed before the request was done")
-            self._end(state, Cancelled("cancelled by the caller") if state.cancelled else late)
+            self._end(state, _gone(cancelled=state.cancelled))
+        for generation in [generation for generation in self._open.values() if generation.dead]:
+            self._end_generation(generation, _gone(cancelled=generation.cancelled))
+
+    def _advance(self) -> None:
+        assert self._generations is not None
+        with suppress(Abandoned):
+            self._generations.advance(self._check_generations)
+
+    def _check_generations(self) -> None:
+        """Called between blocks."""
+        if self._inbox.qsize():
+            self._take_messages(block=False)
+        if all(generation.dead for generation in self._open.values()):
+            raise Abandoned
 
     def _run(self, resident: Resident, rows: Sequence[Row]) -> None:
         began = time.monotonic()
         states = {id(row.state): row.state for row in rows}.values()
         for state in states:
             state.started = state.started or began
+        prepared = self._prepare(resident, rows)
+        rows = tuple(prepared)
+        if not rows:
+            return
         try:
-            outputs = execute(resident.runner, [row.run for row in rows], lambda: self._check(rows))
-        except _Abandoned:
+            outputs = execute_prepared(resident.runner, [*prepared.values()], lambda: self._check(rows))
+        except Abandoned:
             return
         except Exception as fault:
-            _raise_if_fatal(fault)
+            raise_if_fatal(fault)
             self._recover(resident, rows, fault)
             return
         seconds = time.monotonic() - began
@@ -199,19 +271,29 @@ class Worker:
         for row, output in zip(rows, outputs, strict=True):
             self._answer(resident, row, output)
 
+    def _prepare(self, resident: Resident, rows: Sequence[Row]) -> dict[Row, PreparedRun]:
+        """The rows that can run. Those whose edits cannot be compiled are answered, and concern no other."""
+        prepared = {}
+        for row in rows:
+            try:
+                prepared[row] = prepare(resident.runner, row.run, row.state.exchange, row.run_index)
+            except Exception as fault:
+                raise_if_fatal(fault)
+                self._answer(resident, row, as_error(fault, _named(row)))
+        return prepared
+
     def _check(self, rows: Sequence[Row]) -> None:
         """Called between blocks."""
         if self._inbox.qsize():
             self._take_messages(block=False)
         if all(row.state.dead for row in rows):
-            raise _Abandoned
+            raise Abandoned
 
     def _recover(self, resident: Resident, rows: Sequence[Row], fault: Exception) -> None:
         """After a failed batch: empties the cache and runs its rows one by one, so that the faulty one fails alone."""
-        if isinstance(fault, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
+        make_room(fault)
         if len(rows) == 1:
-            self._answer(resident, rows[0], _as_error(fault, rows[0]))
+            self._answer(resident, rows[0], as_error(fault, _named(rows[0])))
             return
         for row in rows:
             if not row.state.dead:
@@ -222,33 +304,42 @@ class Worker:
         if state.dead:
             return
         if isinstance(result, Error):
-            state.emit(RunFailed(job_id, row.run_index, result))
+            self._fail_run(row, result)
         else:
             state.emit(RunFinished(job_id, row.run_index, result))
-        state.unanswered -= 1
+            state.unanswered -= 1
+            state.pending.extend(state.exchange.finish(row.run_index))
         if not state.unanswered:
             self._scheduler.remove(job_id)
             queued = (state.started or state.submitted) - state.submitted
             state.emit(JobDone(job_id, queued, state.engine_seconds, resident.fingerprint))
+
+    def _fail_run(self, row: Row, error: Error) -> None:
+        """Answers a failed run, and those that wait for its values."""
+        state, job_id = row.state, row.state.job.job_id
+        dependants = state.exchange.fail(row.run_index)
+        state.emit(RunFailed(job_id, row.run_index, error))
+        for index in dependants:
+            text = f"it takes values from runs[{row.run_index}], which failed: {error.message}"
+            metadata = {"source_run": str(row.run_index)}
+            unmet = FailedPrecondition(text, reason="SOURCE_RUN_FAILED", metadata=metadata)
+            state.emit(RunFailed(job_id, index, unmet))
+        state.unanswered -= 1 + len(dependants)
+
+    def _end_generation(self, generation: Generation, error: Error) -> None:
+        assert self._generations is not None
+        self._generations.end(generation, error)
 
     def _end(self, state: JobState, error: Error) -> None:
         self._scheduler.remove(state.job.job_id)
         state.emit(JobFailed(state.job.job_id, error))
 
 
-def _as_error(fault: Exception, row: Row) -> Error:
-    if isinstance(fault, Error):
-        return fault
-    if isinstance(fault, torch.OutOfMemoryError):
-        free, total = torch.cuda.mem_get_info()
-        return TooLarge(
-            "device memory ran out: bytes in use", limit=total, demand=total - free, reason="DEVICE_OUT_OF_MEMORY"
-        )
-    _log.error("run %d of job %d failed", row.run_index, row.state.job.job_id, exc_info=fault)
-    return Error("the engine failed on this run")
+def _named(row: Row) -> str:
+    return f"run {row.run_index} of job {row.state.job.job_id}"
 
 
-def _raise_if_fatal(fault: Exception) -> None:
-    """A CUDA context that reported an error other than lack of memory answers nothing any more."""
-    if isinstance(fault, RuntimeError) and not isinstance(fault, torch.OutOfMemoryError) and "CUDA error" in str(fault):
-        raise fault
+def _gone(*, cancelled: bool) -> Error:
+    """Why nobody waits any more."""
+    late = DeadlineExceeded("the deadline passed before the request was done")
+    return Cancelled("cancelled by the caller") if cancelled else late

@@ -1,0 +1,27 @@
+"""Editing: a plan's edits and conditions, as a forward takes them."""
+
+from __future__ import annotations
+
+import torch
+
+from patchclamp_server.engine.runner import Edit
+from patchclamp_server.hookpoints import HookPoint
+from patchclamp_server.interventions.plan import Plan
+
+
+class Editing:
+    """The edits of one forward; none without a plan. A model's layers may lie on other devices than the tables."""
+
+    def __init__(self, plan: Plan | None) -> None:
+        self._plan = plan
+        self.edits = None if plan is None else {point: _moved(edit, plan) for point, edit in plan.edits().items()}
+        self.conditions = frozenset[HookPoint]() if plan is None else plan.condition_reads()
+
+    def observe(self, point: HookPoint, value: torch.Tensor) -> None:
+        """Shows a value to the conditions that are read there, if there are any."""
+        if self._plan is not None and point in self.conditions:
+            self._plan.observe(point, value.to(self._plan.device))
+
+
+def _moved(edit: Edit, plan: Plan) -> Edit:
+    return lambda value: edit(value.to(plan.device)).to(value.device)
