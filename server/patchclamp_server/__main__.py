@@ -43,6 +43,7 @@ def _serve(config: ServerConfig) -> None:
     if config.huge_pages:
         use_huge_pages()
 
+    from patchclamp_server.engine.decoding import DecodingLimits
     from patchclamp_server.engine.loading import load_resident
     from patchclamp_server.engine.worker import Worker
     from patchclamp_server.service.server import Ready, serve
@@ -51,7 +52,8 @@ def _serve(config: ServerConfig) -> None:
         print(f"patchclamp-server ready on {ready.address} (model {ready.model})", flush=True)
 
     source = _source(config)
-    worker = Worker(load=lambda progress: load_resident(source, progress))
+    decoding = DecodingLimits(config.max_decoding, config.chunk_tokens, config.kv_bytes)
+    worker = Worker(load=lambda progress: load_resident(source, progress), decoding=decoding)
     asyncio.run(serve(config, worker, announce))
 
 

@@ -69,6 +69,7 @@ class ServerConfig(BaseModel):
     max_runs: Positive = Field(default=256, description="runs of one request")
     max_tokens: Positive = Field(default=65_536, description="prompt tokens of one request")
     max_reads: Positive = Field(default=256, description="reads of one run")
+    max_interventions: Positive = Field(default=256, description="interventions of one run")
     max_result_bytes: Positive = Field(default=4 << 30, description="bytes of one request's reads and logits")
     max_message_bytes: Positive = Field(default=16 << 20, description="bytes of one request message")
     max_prompt_characters: Positive = Field(default=4_194_304, description="characters of one prompt given as text")
@@ -77,6 +78,12 @@ class ServerConfig(BaseModel):
         description="bytes of results of all calls in flight together; calls beyond them are told to retry",
     )
     max_waiting: Positive = Field(default=1024, description="requests that wait for the engine; more are told to retry")
+
+    max_samples: Positive = Field(default=64, description="samples of one generation")
+    max_new_tokens: Positive = Field(default=4096, description="tokens that one sample of a generation may have")
+    max_decoding: Positive = Field(default=64, description="samples that decode together; more wait for their turn")
+    chunk_tokens: Positive = Field(default=512, description="tokens of a prompt that go ahead between others' tokens")
+    kv_bytes: Positive = Field(default=4 << 30, description="bytes of keys and values of all samples that decode")
 
     drain_delay: Seconds = Field(
         default=0.0, description="seconds between reporting NOT_SERVING and refusing calls, so that balancers notice"

@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from patchclamp.v1 import hook_point_pb2, prompt_pb2, read_pb2, run_pb2, tensor_pb2, vector_pb2
+from patchclamp.v1 import (
+    generation_pb2,
+    hook_point_pb2,
+    intervention_pb2,
+    logits_pb2,
+    prompt_pb2,
+    read_pb2,
+    run_pb2,
+    tensor_pb2,
+    vector_pb2,
+)
 
 
 def text(prompt: str) -> prompt_pb2.Prompt:
@@ -63,6 +73,18 @@ def unembed(token_id: int) -> vector_pb2.VectorSource:
     return vector_pb2.VectorSource(unembed_token=token_id)
 
 
+def target(
+    site: str = "RESID_POST", *, layer: int | None = None, head: int | None = None, **fields: Any
+) -> intervention_pb2.Target:
+    point = hook_point_pb2.HookPoint(site=f"SITE_{site}", layer=layer, head=head)
+    return intervention_pb2.Target(hook_point=point, **fields)
+
+
+def edit(**fields: Any) -> intervention_pb2.Intervention:
+    """An intervention; the fields of its op as a dictionary."""
+    return intervention_pb2.Intervention(**fields)
+
+
 def run(*reads: read_pb2.Read, **fields: Any) -> run_pb2.RunRequest:
     """A request of one run over five tokens."""
     prompt = fields.pop("prompt", ids(1, 2, 3, 4, 5))
@@ -70,9 +92,16 @@ def run(*reads: read_pb2.Read, **fields: Any) -> run_pb2.RunRequest:
 
 
 def logits(**fields: Any) -> run_pb2.RunRequest:
-    return run(logits=run_pb2.LogitsRequest(**fields))
+    return run(logits=logits_pb2.LogitsRequest(**fields))
 
 
 def chat(*messages: tuple[str, str]) -> prompt_pb2.Prompt:
     said = [prompt_pb2.ChatMessage(role=role, content=content) for role, content in messages]
     return prompt_pb2.Prompt(chat=prompt_pb2.Chat(messages=said))
+
+
+def generation(new: int = 6, **fields: Any) -> generation_pb2.GenerateRequest:
+    """A request to go on with five tokens; `stop` and `sampling` as dictionaries."""
+    fields["stop"] = {"max_new_tokens": new} | fields.get("stop", {})
+    given: dict[str, Any] = {"prompt": ids(1, 2, 3, 4, 5)} | fields
+    return generation_pb2.GenerateRequest(**given)

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, ResourceInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from patchclamp.v1 import model_pb2_grpc, run_pb2, run_pb2_grpc
+from patchclamp.v1 import generation_pb2, model_pb2_grpc, run_pb2, run_pb2_grpc
 from patchclamp_server.config import ServerConfig
 from patchclamp_server.service.server import Front, Ready
 from service.stub import StubWorker
@@ -44,10 +44,14 @@ class Caller:
         """Every message of one Run."""
         return [response async for response in self.runs.Run(request, timeout=30)]
 
+    async def generate(self, request: generation_pb2.GenerateRequest) -> list[generation_pb2.GenerateResponse]:
+        """Every message of one Generate."""
+        return [response async for response in self.runs.Generate(request, timeout=30)]
+
 
 @asynccontextmanager
-async def serving(worker: StubWorker, *, ready: bool = True, **settings: Any) -> AsyncIterator[Caller]:
-    """A front over a worker, on a socket of its own; `ready` waits until it is loaded."""
+async def serving(worker: Any, *, ready: bool = True, **settings: Any) -> AsyncIterator[Caller]:
+    """A front over a worker, a stub or the engine's, on a socket of its own; `ready` waits until it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         host = f"unix:{Path(folder) / 'socket'}"
         given = {"model": "stub", "host": host, "metrics_port": "off", "grace": 5.0} | settings

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer as Backend
@@ -17,6 +19,8 @@ from patchclamp_server.adapters.facts import Dims, ModelFacts
 from patchclamp_server.adapters.tokenizer import Tokenizer
 from patchclamp_server.engine.messages import (
     Event,
+    GenerationEvent,
+    GenerationJob,
     Job,
     JobDone,
     JobFailed,
@@ -32,6 +36,7 @@ from patchclamp_server.engine.messages import (
 )
 from patchclamp_server.errors import Cancelled
 from patchclamp_server.hookpoints import AbsentSite, HookPoint, Site, SiteInfo
+from patchclamp_server.interventions.receipts import Receipt
 
 NAME = "stub"
 DIMS = Dims(n_layers=3, n_heads=4, n_kv_heads=2, d_model=16, d_head=4, d_mlp=24, d_vocab=50, n_ctx=32)
@@ -50,7 +55,17 @@ ABSENT = (
     AbsentSite(Site.RESID_MID, (), "its blocks are parallel"),
     AbsentSite(Site.MLP_POST, (1,), "layer 1 has no MLP"),
 )
+WIDE = (("pos", 0), ("d_model", 16))
+# The same model where attention is within reach, as it is where scores and patterns are computed one by one.
+EDITABLE_SITES = (
+    *(replace(info, read_only_reason="") for info in SITES),
+    SiteInfo(Site.ATTN_OUT, LAYERS, WIDE),
+    SiteInfo(Site.MLP_OUT, LAYERS, WIDE),
+    SiteInfo(Site.LN1_SCALE, LAYERS, (("pos", 0), ("one", 1))),
+    SiteInfo(Site.ATTN_RESULT, LAYERS, (("pos", 0), ("head", 4), ("d_model", 16)), "results are computed aside"),
+)
 FACTS = ModelFacts(NAME, "r1", "StubForCausalLM", DIMS, torch.float32, ("cpu",), 1234, True, SITES, ABSENT)
+EDITABLE = replace(FACTS, sites=EDITABLE_SITES)
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}go{% endif %}"
 
 
@@ -75,12 +90,13 @@ class StubWorker:
     def __init__(self, tokenizer: Tokenizer | None = None, *, loads: bool = True, hold: bool = False) -> None:
         self.tokenizer = tokenizer
         self.jobs: dict[int, Job] = {}
+        self.generations: dict[int, GenerationJob] = {}
         self.cancelled: list[int] = []
         self.seen = threading.Event()
         self.stopped = False
         self.scale = 1
         self.answer: Callable[[Job, RunSpec, int], Event] | None = None
-        self._emits: dict[int, Callable[[Event], None]] = {}
+        self._emits: dict[int, Callable[[Any], None]] = {}
         self._hold = hold
         self._loads = loads
         self._report: Callable[[Report], None] | None = None
@@ -104,6 +120,19 @@ class StubWorker:
         self.seen.set()
         if not self._hold:
             threading.Thread(target=self._answer, args=(job.job_id,)).start()
+
+    def generate(self, job: GenerationJob, emit: Callable[[GenerationEvent], None]) -> None:
+        """Takes a generation; the test says what comes of it."""
+        self.generations[job.job_id] = job
+        self._emits[job.job_id] = emit
+        self.seen.set()
+
+    def tell(self, job_id: int, *events: GenerationEvent) -> None:
+        """What comes of a generation."""
+        for event in events:
+            self._emits[job_id](event)
+            if isinstance(event, JobDone | JobFailed):
+                del self._emits[job_id]
 
     def cancel(self, job_id: int) -> None:
         self.cancelled.append(job_id)
@@ -138,6 +167,8 @@ class StubWorker:
             tuple(output for index, read in enumerate(run.reads) for output in self._read(read, index, length)),
             None if run.logits is None else _logits(run.logits, length),
             ramp((length - 1,)) if run.loss else None,
+            tuple(Receipt(index, 5, 4, 3, 0.5, 0.75, 2) for index in range(len(run.interventions))),
+            _logits(run.logits, length) if run.logits is not None and run.baseline else None,
         )
 
     def _read(self, read: ReadSpec, index: int, length: int) -> list[ReadOutput]:

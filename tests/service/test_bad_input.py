@@ -12,7 +12,7 @@ import torch
 
 from patchclamp.v1 import (
     hook_point_pb2,
-    intervention_pb2,
+    logits_pb2,
     model_pb2,
     read_pb2,
     run_pb2,
@@ -22,6 +22,7 @@ from patchclamp.v1 import (
 from service.build import (
     between,
     chat,
+    edit,
     ids,
     indices,
     lens,
@@ -31,6 +32,7 @@ from service.build import (
     read,
     run,
     span,
+    target,
     text,
     top_k,
     unembed,
@@ -47,6 +49,9 @@ def unknown(number: int) -> Any:
 
 
 ONES = [1.0] * 16
+VALUES = logits_pb2.LogitsRequest(values=True)
+ZERO = edit(zero={"target": target()})
+PATCHED = run(interventions=[edit(patch={"target": target(layer=1), "source_run": 0})]).runs[0]
 INVALID = {
     "no runs": (run_pb2.RunRequest(), "runs", "at least one"),
     "no prompt": (run_pb2.RunRequest(runs=[run_pb2.RunSpec()]), "runs[0].prompt", "text, token_ids or chat"),
@@ -210,9 +215,9 @@ INVALID = {
     "logits top k beyond every limit": (logits(top_k=1 << 31), "runs[0].logits.top_k", "0 .. 50"),
     "log-probability of a stranger": (logits(logprob_tokens=[1, 50]), "runs[0].logits.logprob_tokens[1]", "0 .. 49"),
     "log-probabilities of too many": (logits(logprob_tokens=[1] * 4097), "runs[0].logits.logprob_tokens", "4096"),
-    "intervention without an op": (
-        run(interventions=[intervention_pb2.Intervention()]), "runs[0].interventions[0]", "exactly one"
-    ),
+    "intervention without an op": (run(interventions=[edit()]), "runs[0].interventions[0]", "exactly one"),
+    "baseline without logits": (run(baseline=True, interventions=[ZERO]), "runs[0].baseline", "ask for logits"),
+    "baseline of nothing": (run(baseline=True, logits=VALUES), "runs[0].baseline", "give an intervention"),
 }  # fmt: skip
 
 
@@ -302,24 +307,15 @@ async def test_a_name_of_any_length_and_script_still_fits_into_the_trailers(call
         assert failure.resource.resource_name.removesuffix(" ...") in name
 
 
-OPS = [field.name for field in intervention_pb2.Intervention.DESCRIPTOR.oneofs_by_name["op"].fields]
-
-
-def intervention(arm: str) -> intervention_pb2.Intervention:
-    edit = intervention_pb2.Intervention()
-    getattr(edit, arm).SetInParent()
-    return edit
-
-
 NOT_SERVED = {
-    **{f"interventions.{arm}": run(interventions=[intervention(arm)]) for arm in OPS},
+    "interventions.feature": run(interventions=[edit(feature={})]),
+    "interventions.patch.handle": run(interventions=[edit(patch={"target": target(), "handle": "h"})]),
     "numerics.deterministic": run_pb2.RunRequest(runs=run().runs, numerics="NUMERICS_DETERMINISTIC"),
     "vectors.direction": run(read(reduction=project(vector_pb2.VectorSource(direction="d")))),
     "vectors.handle": run(read(reduction=project(vector_pb2.VectorSource(handle="h")))),
     "vectors.decoder": run(read(reduction=project(vector_pb2.VectorSource(decoder=vector_pb2.FeatureRow())))),
     "vectors.encoder": run(read(reduction=project(vector_pb2.VectorSource(encoder=vector_pb2.FeatureRow())))),
     "keep": run_pb2.RunRequest(runs=[run_pb2.RunSpec(prompt=ids(1), keep=[{}])]),
-    "baseline": run(baseline=True),
     "profile": run(profile="kind"),
 }
 
@@ -339,6 +335,7 @@ async def test_an_arm_that_is_not_served_is_named_never_ignored(caller: Caller, 
     [
         ("max_runs", 2, run_pb2.RunRequest(runs=[run().runs[0]] * 3), 3),
         ("max_reads", 1, run(read(), read()), 2),
+        ("max_interventions", 1, run(interventions=[edit(zero={"target": target(layer=i)}) for i in (0, 1)]), 2),
         ("max_tokens", 9, run_pb2.RunRequest(runs=[run().runs[0]] * 2), 10),
         # 3 layers x 5 positions x 16 entries x 4 bytes
         ("max_result_bytes", 959, run(read()), 960),
@@ -359,6 +356,10 @@ async def test_an_arm_that_is_not_served_is_named_never_ignored(caller: Caller, 
         ("max_result_bytes", 199, logits(values=True), 200),
         ("max_result_bytes", 999, logits(values=True, positions=span("ALL")), 1000),
         ("max_result_bytes", 7, logits(logprob_tokens=[1, 2]), 8),
+        # the logits of the run and of its baseline
+        ("max_result_bytes", 399, run(logits=VALUES, baseline=True, interventions=[ZERO]), 400),
+        # one layer's 5 rows of 16, held once however many runs take them
+        ("max_result_bytes", 319, run_pb2.RunRequest(runs=[run().runs[0], PATCHED, PATCHED]), 320),
         ("max_result_bytes", 15, run(loss=True), 16),
     ],
 )

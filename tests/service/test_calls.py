@@ -96,7 +96,7 @@ async def test_a_message_beyond_the_limit_is_too_large(connect: Connect, path: s
 
 
 async def test_a_method_that_is_not_there_is_not_served(caller: Caller) -> None:
-    failure = await failure_of(raw(caller, "/patchclamp.v1.RunService/Generate", b""))
+    failure = await failure_of(raw(caller, "/patchclamp.v1.RunService/Imagine", b""))
     assert failure.code == grpc.StatusCode.UNIMPLEMENTED
     assert failure.info.reason == "NOT_SERVED"
 

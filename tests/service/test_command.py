@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from families import build, family_named
-from patchclamp.v1 import model_pb2, model_pb2_grpc, run_pb2, run_pb2_grpc
+from patchclamp.v1 import logits_pb2, model_pb2, model_pb2_grpc, run_pb2, run_pb2_grpc
 from service.build import ids, read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def test_a_model_is_served_until_sigterm(start: Start, model_folder: Path, tmp_p
     with grpc.insecure_channel(address) as channel:
         told = model_pb2_grpc.ModelServiceStub(channel).Describe(model_pb2.DescribeRequest())
         assert (told.model.name, told.model.architecture) == ("tiny", "GPT2LMHeadModel")
-        spec = run_pb2.RunSpec(prompt=ids(*PROMPT), logits=run_pb2.LogitsRequest(values=True))
+        spec = run_pb2.RunSpec(prompt=ids(*PROMPT), logits=logits_pb2.LogitsRequest(values=True))
         responses = list(run_pb2_grpc.RunServiceStub(channel).Run(run_pb2.RunRequest(runs=[spec])))
     with torch.no_grad():
         expected = build(GPT2)(torch.tensor([PROMPT])).logits[0, -1]

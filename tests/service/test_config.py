@@ -52,9 +52,12 @@ def test_defaults_are_those_of_one_machine() -> None:
     assert config.address == "127.0.0.1:50051"
     assert config.metrics_address == ("127.0.0.1", 9464)
     assert (config.serves_reflection, config.device, config.dtype) == (True, "auto", "auto")
-    assert (config.max_runs, config.max_tokens, config.max_reads) == (256, 65_536, 256)
+    assert (config.max_runs, config.max_tokens) == (256, 65_536)
+    assert (config.max_reads, config.max_interventions) == (256, 256)
     assert (config.max_result_bytes, config.max_message_bytes) == (4 << 30, 16 << 20)
     assert (config.max_prompt_characters, config.max_waiting_bytes) == (4 << 20, 8 << 30)
+    assert (config.max_samples, config.max_new_tokens) == (64, 4096)
+    assert (config.max_decoding, config.chunk_tokens, config.kv_bytes) == (64, 512, 4 << 30)
 
 
 def test_settings_cannot_be_changed() -> None:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from patchclamp.v1 import hook_point_pb2, model_pb2, prompt_pb2, read_pb2, run_pb2, tensor_pb2
-from patchclamp_server.engine.messages import Event, Job, RunFailed, RunSpec
+from patchclamp.v1 import hook_point_pb2, logits_pb2, model_pb2, numerics_pb2, prompt_pb2, read_pb2, run_pb2, tensor_pb2
+from patchclamp_server.engine.messages import Event, Job, RunFailed, RunFinished, RunOutput, RunSpec
 from patchclamp_server.errors import FailedPrecondition
+from patchclamp_server.interventions.receipts import Receipt
 from patchclamp_server.service.tensors import INLINE_BYTES, Outlet, chunks, memory
-from service.build import ids, indices, read, run, span, text
+from service.build import edit, ids, indices, read, run, span, target, text
 from service.calls import Caller
 from service.conftest import Connect
 from service.stub import DIMS, StubWorker, make_tokenizer, ramp
@@ -70,7 +71,7 @@ async def test_a_small_run_is_one_message_with_the_summary(caller: Caller) -> No
         read("ATTN_PATTERN", layer=1, positions=span("LAST"), dtype="DTYPE_BFLOAT16"),
         read("LN_FINAL"),
         prompt=text("w3 w4 hello"),
-        logits=run_pb2.LogitsRequest(values=True, top_k=2, logprob_tokens=[7, 8, 9]),
+        logits=logits_pb2.LogitsRequest(values=True, top_k=2, logprob_tokens=[7, 8, 9]),
         loss=True,
     )
     responses = await caller.run(request)
@@ -104,6 +105,34 @@ async def test_a_small_run_is_one_message_with_the_summary(caller: Caller) -> No
 async def test_what_was_not_asked_for_is_not_there(caller: Caller) -> None:
     result = only_result(await caller.run(run()))
     assert not (result.reads or result.HasField("logits") or result.HasField("loss") or result.HasField("failure"))
+
+
+async def test_receipts_and_the_baseline_come_with_their_run(caller: Caller) -> None:
+    request = run(
+        interventions=[edit(zero={"target": target(layer=layer)}) for layer in (0, 1)],
+        logits=logits_pb2.LogitsRequest(values=True, top_k=2),
+        baseline=True,
+    )
+    result = only_result(await caller.run(request))
+    assert [receipt.intervention_index for receipt in result.receipts] == [0, 1]
+    receipt = result.receipts[1]
+    assert (receipt.rows_selected, receipt.rows_fired, receipt.rows_changed, receipt.clipped) == (5, 4, 3, 2)
+    assert (receipt.mean_delta, receipt.max_delta, receipt.no_effect, receipt.profile) == (0.5, 0.75, False, "")
+    assert result.baseline_logits == result.logits
+    assert torch.equal(values(result.baseline_logits.values), ramp((1, DIMS.d_vocab)))
+
+
+async def test_an_edit_that_changed_nothing_says_so(connect: Connect) -> None:
+    worker = StubWorker()
+
+    def answer(job: Job, spec: RunSpec, index: int) -> Event:
+        idle = RunOutput(receipts=(Receipt(0, 5, 5, 0, 0.0, 0.0, 0), Receipt(1, 5, 0, 0, 0.0, 0.0, 0)))
+        return RunFinished(job.job_id, index, idle)
+
+    worker.answer = answer
+    request = run(interventions=[edit(zero={"target": target(layer=layer)}) for layer in (0, 1)])
+    result = only_result(await (await connect(worker)).run(request))
+    assert [receipt.no_effect for receipt in result.receipts] == [True, False]
 
 
 async def test_large_tensors_follow_their_result_in_chunks_with_one_checksum(connect: Connect) -> None:
@@ -177,7 +206,7 @@ async def test_a_run_that_fails_does_so_alone(connect: Connect) -> None:
 
 async def test_the_request_reaches_the_worker_as_it_was_meant(caller: Caller) -> None:
     request = run(read("ATTN_Z", layer=2, head=3), read("ATTN_K", heads=[1, 0]))
-    request.numerics = run_pb2.NUMERICS_SOLO
+    request.numerics = numerics_pb2.NUMERICS_SOLO
     await caller.run(request)
     (job,) = caller.worker.jobs.values()
     first, second = job.runs[0].reads
@@ -216,9 +245,20 @@ async def test_describe_tells_sizes_sites_limits_and_capabilities(connect: Conne
     assert (limits.max_message_bytes, limits.inline_bytes) == (1 << 20, INLINE_BYTES)
     assert (limits.max_prompt_characters, limits.max_waiting_bytes) == (11, 12)
     available = {capability.name for capability in told.capabilities if capability.available}
-    assert {"runs", "reads", "numerics.default", "numerics.solo"} <= available
+    assert {
+        "runs",
+        "reads",
+        "generation",
+        "numerics.default",
+        "numerics.solo",
+        "interventions",
+        "baseline",
+    } <= available
+    assert {"interventions.add", "interventions.patch", "interventions.freeze"} <= available
     unavailable = [capability for capability in told.capabilities if not capability.available]
-    assert {"interventions", "generation", "handles"} <= {capability.name for capability in unavailable}
+    assert {"interventions.feature", "interventions.patch.handle", "handles"} <= {
+        capability.name for capability in unavailable
+    }
     assert all(capability.reason for capability in unavailable)
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from patchclamp.v1 import intervention_pb2, model_pb2, vector_pb2
 
 _NOT_YET = "not served by this version"
+_UNSERVED_EDITS = ("interventions.feature", "interventions.patch.handle")
+_EDITS = tuple(
+    f"interventions.{arm.name}" for arm in intervention_pb2.Intervention.DESCRIPTOR.oneofs_by_name["op"].fields
+)
 
 _SERVED = (
     "describe",
@@ -13,6 +17,10 @@ _SERVED = (
     "reads",
     "logits",
     "loss",
+    "interventions",
+    *(edit for edit in _EDITS if edit not in _UNSERVED_EDITS),
+    "baseline",
+    "generation",
     "vectors.tensor",
     "vectors.safetensors",
     "vectors.unembed_token",
@@ -21,18 +29,15 @@ _SERVED = (
 )
 _UNSERVED = (
     "numerics.deterministic",
-    "interventions",
-    *(f"interventions.{arm.name}" for arm in intervention_pb2.Intervention.DESCRIPTOR.oneofs_by_name["op"].fields),
+    *_UNSERVED_EDITS,
     *(
         f"vectors.{arm.name}"
         for arm in vector_pb2.VectorSource.DESCRIPTOR.oneofs_by_name["source"].fields
         if f"vectors.{arm.name}" not in _SERVED
     ),
-    "baseline",
     "keep",
     "handles",
     "profile",
-    "generation",
     "transcoders",
     "attribution",
     "patching",

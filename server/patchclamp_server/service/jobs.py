@@ -5,19 +5,39 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Protocol, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
-from patchclamp_server.engine.messages import Event, Job, JobDone, JobFailed, Report, RunFailed, RunFinished, RunSpec
+from patchclamp_server.engine.messages import (
+    Event,
+    GenerationEvent,
+    GenerationJob,
+    GenerationSpec,
+    Job,
+    JobDone,
+    JobFailed,
+    Report,
+    RunFailed,
+    RunFinished,
+    RunSpec,
+    SampleEnded,
+    SampleFailed,
+    TokenGenerated,
+)
 from patchclamp_server.errors import Error, Overloaded
 
 RETRY_AFTER = 1.0
 
+RunEvent = RunFinished | RunFailed
+SampleEvent = TokenGenerated | SampleEnded | SampleFailed
+E = TypeVar("E", RunEvent, SampleEvent)
+
 
 class Worker(Protocol):
-    """What the front needs of the worker: messages there and back. `submit` and `cancel` may come from any thread;
-    `report` and `emit` are called on the worker's own."""
+    """What the front needs of the worker: messages there and back. `submit`, `generate` and `cancel` may come from any
+    thread; `report` and `emit` are called on the worker's own."""
 
     @property
     def waiting(self) -> int:
@@ -28,6 +48,9 @@ class Worker(Protocol):
 
     def submit(self, job: Job, emit: Callable[[Event], None]) -> None:
         """Emits an event per run, then JobDone; or JobFailed."""
+
+    def generate(self, job: GenerationJob, emit: Callable[[GenerationEvent], None]) -> None:
+        """Emits tokens and the end of each sample, then JobDone; or JobFailed at any time."""
 
     def cancel(self, job_id: int) -> None:
         """Ends a job with JobFailed; nothing happens when it has ended already."""
@@ -45,39 +68,59 @@ class Jobs:
         self._max_waiting_bytes = max_waiting_bytes
         self._waiting_bytes = 0
         self._ids = itertools.count(1)
-        self._open: dict[int, asyncio.Queue[Event]] = {}
+        self._open: dict[int, RunningJob[Any]] = {}
 
     @contextmanager
     def submitted(
         self, runs: Sequence[RunSpec], *, seconds: float | None, solo: bool, result_bytes: int
-    ) -> Iterator[RunningJob]:
+    ) -> Iterator[RunningJob[RunEvent]]:
         """A job that is cancelled when the block is left before its end: by an error, or by the caller's going.
 
         `seconds` are left until the deadline. `result_bytes` count as waiting until the block is left: a caller that
         reads slowly, or not at all, has the server hold them. Raises Overloaded when too much waits already.
         """
+        deadline, running = _deadline(seconds), RunningJob[RunEvent](most=None)
+        with self._admitted(running, result_bytes) as job_id:
+            self._worker.submit(Job(job_id, tuple(runs), deadline, solo), self._emit_to(running))
+            yield running
+
+    @contextmanager
+    def generating(
+        self, spec: GenerationSpec, *, seconds: float | None, solo: bool, result_bytes: int, backlog: int
+    ) -> Iterator[RunningJob[SampleEvent]]:
+        """A generation, like `submitted`. One whose caller is more than `backlog` events behind ends as Overloaded:
+        the engine does not wait for anybody, and what nobody takes has to be held."""
+        deadline, running = _deadline(seconds), RunningJob[SampleEvent](most=backlog)
+        with self._admitted(running, result_bytes) as job_id:
+            running.on_excess = lambda: self._worker.cancel(job_id)
+            self._worker.generate(GenerationJob(job_id, spec, deadline, solo), self._emit_to(running))
+            yield running
+
+    @contextmanager
+    def _admitted(self, running: RunningJob[Any], result_bytes: int) -> Iterator[int]:
+        """The id of a job, for as long as it is in flight."""
         self._admit(result_bytes)
         job_id = next(self._ids)
-        deadline = None if seconds is None else time.monotonic() + seconds
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def emit(event: Event) -> None:
-            # A loop that is closed has nobody left who would want to know.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        self._open[job_id] = events
+        self._open[job_id] = running
         self._waiting_bytes += result_bytes
-        running = RunningJob(events)
         try:
-            self._worker.submit(Job(job_id, tuple(runs), deadline, solo), emit)
-            yield running
+            yield job_id
         finally:
             del self._open[job_id]
             self._waiting_bytes -= result_bytes
             if not running.ended:
                 self._worker.cancel(job_id)
+
+    def _emit_to(self, running: RunningJob[Any]) -> Callable[[Any], None]:
+        """Takes events on the worker's thread."""
+        loop = asyncio.get_running_loop()
+
+        def emit(event: Any) -> None:
+            # A loop that is closed has nobody left who would want to know.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(running.put, event)
+
+        return emit
 
     def _admit(self, result_bytes: int) -> None:
         if self._worker.waiting >= self._max_waiting:
@@ -91,16 +134,20 @@ class Jobs:
 
     def fail(self, error: Error) -> None:
         """Ends every job in flight: the worker will not answer any more."""
-        for job_id, events in self._open.items():
-            events.put_nowait(JobFailed(job_id, error))
+        for job_id, running in self._open.items():
+            running.put(JobFailed(job_id, error))
 
 
-class RunningJob:
-    """The events of one job, run by run; `done` holds its last."""
+class RunningJob(Generic[E]):
+    """The events of one job, one by one; `done` holds its last. At most `most` wait to be taken, None: any number."""
 
-    def __init__(self, events: asyncio.Queue[Event]) -> None:
-        self._events = events
+    def __init__(self, most: int | None) -> None:
+        self._most = most
+        self._events: deque[E | JobDone | JobFailed] = deque()
+        self._news = asyncio.Event()
         self._done: JobDone | None = None
+        self._closed = False
+        self.on_excess: Callable[[], None] = lambda: None
         self.ended = False
 
     @property
@@ -108,12 +155,30 @@ class RunningJob:
         assert self._done is not None, "asked before the job was done"
         return self._done
 
+    def put(self, event: E | JobDone | JobFailed) -> None:
+        """Takes the next event. With too many that nobody has taken, the job ends and these are dropped."""
+        if self._closed:
+            return
+        if isinstance(event, JobDone | JobFailed):
+            self._closed = True
+        elif self._most is not None and len(self._events) >= self._most:
+            self._closed = True
+            self._events.clear()
+            text = f"the caller is more than {self._most} messages behind: read them as they come, or ask for less"
+            event = JobFailed(0, Overloaded(text, retry_after=RETRY_AFTER))
+            self.on_excess()
+        self._events.append(event)
+        self._news.set()
+
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> RunFinished | RunFailed:
-        """The next run that ended. Raises the job's error when the job as a whole failed."""
-        event = await self._events.get()
+    async def __anext__(self) -> E:
+        """The next event of a part of the job. Raises the job's error when the job as a whole failed."""
+        while not self._events:
+            self._news.clear()
+            await self._news.wait()
+        event = self._events.popleft()
         match event:
             case JobDone():
                 self._done, self.ended = event, True
@@ -123,3 +188,7 @@ class RunningJob:
                 raise error
             case _:
                 return event
+
+
+def _deadline(seconds: float | None) -> float | None:
+    return None if seconds is None else time.monotonic() + seconds

@@ -44,6 +44,15 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._generated = Counter(
+            "patchclamp_generated_tokens", "Tokens generated, of all samples.", registry=self.registry
+        )
+        self._first_token = Histogram(
+            "patchclamp_first_token_seconds",
+            "Seconds from a call to generate to its first token.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         self._waiting = Gauge(
             "patchclamp_queue_depth", "Requests that the engine has not answered yet.", registry=self.registry
         )
@@ -61,6 +70,13 @@ class Metrics:
         labels = (method.kind, method.service, method.name)
         self._handled.labels(*labels, code.name).inc()
         self._seconds.labels(*labels).observe(seconds)
+
+    def generated(self) -> None:
+        """Counts a token."""
+        self._generated.inc()
+
+    def first_token(self, seconds: float) -> None:
+        self._first_token.observe(seconds)
 
     def loaded(self, facts: ModelFacts) -> None:
         dtype = str(facts.dtype).removeprefix("torch.")

@@ -19,10 +19,10 @@ from patchclamp_server.engine.messages import (
     ReadSpec,
     Reduction,
     TopK,
-    UnembedRow,
 )
 from patchclamp_server.hookpoints import Site, SiteInfo
-from patchclamp_server.service.selection import head_axis, parse_heads, parse_positions
+from patchclamp_server.interventions.ops import UnembedRow
+from patchclamp_server.service.selection import Extent, head_axis, parse_heads, parse_positions
 from patchclamp_server.service.sites import parse_site
 from patchclamp_server.service.tensors import RESULT_DTYPES
 from patchclamp_server.service.vectors import VectorParser
@@ -50,13 +50,14 @@ class ReadParser:
         self._found = found
         self._vectors = VectorParser(facts.dims.d_model, facts.dims.d_vocab, found)
 
-    def parse(self, wire: read_pb2.Read, path: str, length: int | None) -> PricedRead | None:
-        """One read of a run of `length` tokens (None: its prompt is invalid); None when invalid."""
+    def parse(self, wire: read_pb2.Read, path: str, extent: Extent | None) -> PricedRead | None:
+        """One read of a run of that extent (None: its prompt is invalid); None when invalid."""
+        length = None if extent is None else extent.length
         dtype = RESULT_DTYPES.get(wire.dtype)
         if dtype is None:
             self._found.add(f"{path}.dtype", "must be float32, bfloat16 or float16")
         site = parse_site(wire.hook_point, f"{path}.hook_point", self._facts, self._found)
-        selection = length and parse_positions(wire.positions, f"{path}.positions", length, self._found)
+        selection = extent and parse_positions(wire.positions, f"{path}.positions", extent, self._found)
         if site is None:
             return None
         info, layers = site
@@ -64,11 +65,9 @@ class ReadParser:
         reduction = self._reduction(wire.reduction, f"{path}.reduction", info, length)
         if not length or not selection or dtype is None:
             return None
-        shape = _selected_shape(info, selection.rows, length, heads)
-        result_bytes = len(layers) * _result_bytes(shape, info, reduction, dtype)
         listed = 0 if selection.consecutive or drops_positions(reduction) else len(layers) * selection.rows
         spec = ReadSpec(info.site, layers, selection.positions, heads, reduction, dtype)
-        return PricedRead(spec, result_bytes, listed)
+        return PricedRead(spec, result_bytes(spec, info, selection.rows, length), listed)
 
     def _reduction(self, wire: read_pb2.Reduction, path: str, info: SiteInfo, length: int | None) -> Reduction | None:
         """The reduction; None where the rows themselves are asked for, or when invalid."""
@@ -158,9 +157,13 @@ def _selected_shape(info: SiteInfo, rows: int, length: int, heads: tuple[int, ..
     return [known.get(name, size) for name, size in info.axes], position_axis
 
 
-def _result_bytes(
-    selected: tuple[list[int], int], info: SiteInfo, reduction: Reduction | None, dtype: torch.dtype
-) -> int:
+def result_bytes(spec: ReadSpec, info: SiteInfo, rows: int, length: int) -> int:
+    """Bytes of what a read gives of so many rows, one at least, of a run of that length: in all layers together."""
+    shape = _selected_shape(info, rows, length, spec.heads)
+    return len(spec.layers) * _layer_bytes(shape, spec.reduction, spec.dtype)
+
+
+def _layer_bytes(selected: tuple[list[int], int], reduction: Reduction | None, dtype: torch.dtype) -> int:
     """Bytes of one layer's result."""
     shape, position_axis = selected
     everything, width, size = math.prod(shape), shape[-1], dtype.itemsize

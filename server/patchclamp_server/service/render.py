@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
-from patchclamp.v1 import prompt_pb2, read_pb2, run_pb2
+from patchclamp.v1 import intervention_pb2, logits_pb2, prompt_pb2, read_pb2, run_pb2
 from patchclamp_server.adapters.tokenizer import Tokenizer, Tokens
 from patchclamp_server.engine.messages import JobDone, LogitsOutput, ReadOutput, Reduction, RunFailed, RunFinished
+from patchclamp_server.interventions.receipts import Receipt
 from patchclamp_server.service.parse import ParsedRequest
 from patchclamp_server.service.reads import drops_positions
 from patchclamp_server.service.selection import are_consecutive
@@ -40,10 +41,11 @@ class ResultRenderer:
         neither, they travel as they are."""
         if isinstance(event, RunFailed):
             return 0
-        logits, reads = event.output.logits, event.output.reads
-        top = 0 if logits is None or logits.top_ids is None else logits.top_ids.numel()
-        positions = sum(len(read.positions) for read in reads)
-        return 32 * (len(self._tokens[event.run_index].ids) + top + len(reads)) + positions
+        output = event.output
+        top = _top_tokens(output.logits) + _top_tokens(output.baseline)
+        positions = sum(len(read.positions) for read in output.reads)
+        messages = len(self._tokens[event.run_index].ids) + top + len(output.reads) + len(output.receipts)
+        return 32 * messages + positions
 
     def fill(self, event: RunFinished | RunFailed, wire: run_pb2.RunResult) -> None:
         """What one run gave, or why it failed."""
@@ -56,25 +58,17 @@ class ResultRenderer:
         fill_tokens(tokens, wire.tokens)
         specs = self._runs[event.run_index].reads
         for read in event.output.reads:
-            self._fill_read(read, specs[read.read_index].reduction, wire.reads.add())
+            fill_read(read, specs[read.read_index].reduction, self._outlet, wire.reads.add())
         if event.output.logits is not None:
             self._fill_logits(event.output.logits, wire.logits)
         if event.output.loss is not None:
             self._outlet.put(event.output.loss, wire.loss)
+        for receipt in event.output.receipts:
+            fill_receipt(receipt, wire.receipts.add())
+        if event.output.baseline is not None:
+            self._fill_logits(event.output.baseline, wire.baseline_logits)
 
-    def _fill_read(self, output: ReadOutput, reduction: Reduction | None, wire: read_pb2.ReadResult) -> None:
-        hook_point = output.hook_point
-        wire.read_index, wire.name = output.read_index, str(hook_point)
-        wire.hook_point.site = SITE_TO_WIRE[hook_point.site]
-        if hook_point.layer is not None:
-            wire.hook_point.layer = hook_point.layer
-        self._outlet.put(output.values, wire.values)
-        if output.indices is not None:
-            self._outlet.put(output.indices, wire.indices)
-        if not drops_positions(reduction):
-            _fill_positions(output.positions, wire)
-
-    def _fill_logits(self, output: LogitsOutput, wire: run_pb2.LogitsResult) -> None:
+    def _fill_logits(self, output: LogitsOutput, wire: logits_pb2.LogitsResult) -> None:
         wire.positions.extend(output.positions)
         if output.values is not None:
             self._outlet.put(output.values, wire.values)
@@ -87,12 +81,39 @@ class ResultRenderer:
         return "" if self._tokenizer is None else self._tokenizer.piece(token_id)
 
 
+def fill_read(output: ReadOutput, reduction: Reduction | None, outlet: Outlet, wire: read_pb2.ReadResult) -> None:
+    """What one read gave in one layer."""
+    hook_point = output.hook_point
+    wire.read_index, wire.name = output.read_index, str(hook_point)
+    wire.hook_point.site = SITE_TO_WIRE[hook_point.site]
+    if hook_point.layer is not None:
+        wire.hook_point.layer = hook_point.layer
+    outlet.put(output.values, wire.values)
+    if output.indices is not None:
+        outlet.put(output.indices, wire.indices)
+    if not drops_positions(reduction):
+        _fill_positions(output.positions, wire)
+
+
 def _fill_positions(positions: tuple[int, ...], wire: read_pb2.ReadResult) -> None:
     """By their ends where that says it all: a list would be as long as the run, once for every layer."""
     if are_consecutive(positions):
         wire.position_range.start, wire.position_range.stop = positions[0], positions[-1] + 1
     else:
         wire.positions.extend(positions)
+
+
+def fill_receipt(receipt: Receipt, wire: intervention_pb2.Receipt) -> None:
+    """What one intervention did."""
+    wire.intervention_index = receipt.intervention
+    wire.rows_selected, wire.rows_fired = receipt.rows_selected, receipt.rows_fired
+    wire.rows_changed, wire.clipped = receipt.rows_changed, receipt.clipped
+    wire.mean_delta, wire.max_delta = receipt.mean_delta, receipt.max_delta
+    wire.no_effect = receipt.no_effect
+
+
+def _top_tokens(logits: LogitsOutput | None) -> int:
+    return 0 if logits is None or logits.top_ids is None else logits.top_ids.numel()
 
 
 def _most_probable(output: LogitsOutput) -> Iterable[tuple[int, float, float]]:

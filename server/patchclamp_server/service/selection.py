@@ -20,6 +20,27 @@ _SPANS: dict[int, Span] = {
 
 
 @dataclass(frozen=True)
+class Extent:
+    """Where positions may lie: on the prompt, and on as many generated tokens as a forward can see at most."""
+
+    prompt: int
+    generated: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.generated
+
+    def absolute(self, position: int) -> int:
+        """The position from the start."""
+        return position + self.prompt if position < 0 else position
+
+    def __str__(self) -> str:
+        if not self.generated:
+            return f"a run of {self.prompt} tokens"
+        return f"a prompt of {self.prompt} tokens with {self.generated} generated ones to be seen"
+
+
+@dataclass(frozen=True)
 class Selection:
     """Positions, how many rows they are on their run, and whether results can tell them by their two ends."""
 
@@ -36,22 +57,24 @@ def are_consecutive(positions: tuple[int, ...]) -> bool:
     return bool(positions) and positions == tuple(range(positions[0], positions[0] + len(positions)))
 
 
-def parse_positions(wire: hook_point_pb2.Positions, path: str, length: int, found: Violations) -> Selection | None:
-    """The selection on a run of `length` tokens, one row at least; None when invalid."""
-    selector = _selector(wire, path, length, found)
-    excluded = _inside(wire.exclude, f"{path}.exclude", length, found)
+def parse_positions(
+    wire: hook_point_pb2.Positions, path: str, extent: Extent, found: Violations, *, empty: bool = False
+) -> Selection | None:
+    """The selection within `extent`, one row at least unless it may be `empty`; None when invalid."""
+    selector = _selector(wire, path, extent, found)
+    excluded = _inside(wire.exclude, f"{path}.exclude", extent, found)
     if selector is None or not excluded:
         return None
     positions = Positions(selector, tuple(wire.exclude))
-    resolved = positions.resolve(length)
-    if not resolved:
-        found.add(path, f"selects no position of a run of {length} tokens")
+    resolved = positions.resolve(extent.prompt, extent.generated)
+    if not resolved and not empty:
+        found.add(path, f"selects no position of {extent}")
         return None
     return Selection(positions, len(resolved), are_consecutive(resolved))
 
 
 def _selector(
-    wire: hook_point_pb2.Positions, path: str, length: int, found: Violations
+    wire: hook_point_pb2.Positions, path: str, extent: Extent, found: Violations
 ) -> Span | Range | tuple[int, ...] | None:
     match wire.WhichOneof("selector"):
         case "span":
@@ -60,20 +83,20 @@ def _selector(
                 found.add(f"{path}.span", f"{wire.span} is not a span: ALL, PROMPT, GENERATED or LAST")
             return span
         case "indices":
-            return _indices(wire.indices.indices, f"{path}.indices.indices", length, found)
+            return _indices(wire.indices.indices, f"{path}.indices.indices", extent, found)
         case "range":
-            return _range(wire.range, f"{path}.range", length, found)
+            return _range(wire.range, f"{path}.range", extent, found)
         case _:
             return Span.ALL
 
 
-def _indices(wire: Sequence[int], path: str, length: int, found: Violations) -> tuple[int, ...] | None:
+def _indices(wire: Sequence[int], path: str, extent: Extent, found: Violations) -> tuple[int, ...] | None:
     if not wire:
         found.add(path, "at least one position is needed")
         return None
-    if not _inside(wire, path, length, found):
+    if not _inside(wire, path, extent, found):
         return None
-    twice = _duplicate(position % length for position in wire)
+    twice = _duplicate(map(extent.absolute, wire))
     if twice is not None:
         found.add(path, f"no duplicates: position {twice} is there more than once")
         return None
@@ -90,22 +113,23 @@ def _duplicate(values: Iterable[int]) -> int | None:
     return None
 
 
-def _range(wire: hook_point_pb2.PositionRange, path: str, length: int, found: Violations) -> Range | None:
+def _range(wire: hook_point_pb2.PositionRange, path: str, extent: Extent, found: Violations) -> Range | None:
     start = wire.start if wire.HasField("start") else None
     stop = wire.stop if wire.HasField("stop") else None
     ends = {"start": start, "stop": stop}
-    outside = {name: end for name, end in ends.items() if end is not None and not -length <= end <= length}
+    first, last = -extent.prompt, extent.length
+    outside = {name: end for name, end in ends.items() if end is not None and not first <= end <= last}
     for name, end in outside.items():
-        found.add(f"{path}.{name}", f"{end} is outside a run of {length} tokens: {-length} .. {length}")
+        found.add(f"{path}.{name}", f"{end} is outside {extent}: {first} .. {last}")
     return None if outside else Range(start, stop)
 
 
-def _inside(wire: Sequence[int], path: str, length: int, found: Violations) -> bool:
+def _inside(wire: Sequence[int], path: str, extent: Extent, found: Violations) -> bool:
     """Whether all positions are on the run."""
-    valid = True
+    valid, first, last = True, -extent.prompt, extent.length - 1
     for index, position in enumerate(wire):
-        if not -length <= position < length:
-            found.add(f"{path}[{index}]", f"{position} is outside a run of {length} tokens: {-length} .. {length - 1}")
+        if not first <= position <= last:
+            found.add(f"{path}[{index}]", f"{position} is outside {extent}: {first} .. {last}")
             valid = False
     return valid
 
@@ -125,7 +149,13 @@ def parse_heads(
     if axis is None:
         found.add(where, f"{info.site} has no head axis, its axes are {', '.join(name for name, _ in info.axes)}")
         return None
-    return heads if _are_heads(heads, where, info.axis(axis), one, found) else None
+    site_heads = info.axis(axis)
+    if not one:
+        return heads if are_indices(heads, where, site_heads, "head", found) else None
+    if heads[0] < site_heads:
+        return heads
+    found.add(where, _stranger(heads[0], site_heads, "head"))
+    return None
 
 
 def head_axis(info: SiteInfo) -> str | None:
@@ -133,14 +163,19 @@ def head_axis(info: SiteInfo) -> str | None:
     return next((name for name, _ in info.axes if name in ("head", "kv_head")), None)
 
 
-def _are_heads(heads: tuple[int, ...], path: str, n_heads: int, one: bool, found: Violations) -> bool:
+def are_indices(values: Sequence[int], path: str, size: int, what: str, found: Violations) -> bool:
+    """Whether values are distinct heads or neurons of a site that has `size` of them."""
     valid = True
-    for index, head in enumerate(heads):
-        if head >= n_heads:
-            found.add(path if one else f"{path}[{index}]", f"{head} is not a head of this site: 0 .. {n_heads - 1}")
+    for index, value in enumerate(values):
+        if value >= size:
+            found.add(f"{path}[{index}]", _stranger(value, size, what))
             valid = False
-    twice = _duplicate(heads)
+    twice = _duplicate(values)
     if twice is not None:
-        found.add(path, f"no duplicates: head {twice} is there more than once")
+        found.add(path, f"no duplicates: {what} {twice} is there more than once")
         valid = False
     return valid
+
+
+def _stranger(value: int, size: int, what: str) -> str:
+    return f"{value} is not a {what} of this site: 0 .. {size - 1}"

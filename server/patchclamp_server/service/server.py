@@ -71,7 +71,7 @@ class Front:
         """Listens, and lets the worker load. Raises ConfigError when an address cannot be had."""
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._readiness, self._config), self._server)
         run_pb2_grpc.add_RunServiceServicer_to_server(
-            RunServicer(self._readiness, self._jobs, self._config), self._server
+            RunServicer(self._readiness, self._jobs, self._config, self._metrics), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._readiness.health, self._server)
         if self._config.serves_reflection:

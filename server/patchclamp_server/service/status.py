@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, ResourceInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from patchclamp.v1 import run_pb2
+from patchclamp.v1 import failure_pb2
 from patchclamp_server.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -74,9 +74,9 @@ def internal(request_id: str) -> Error:
     return Error(f"a fault of the server; its log has the details under the request id {request_id}")
 
 
-def run_failure(error: Error) -> run_pb2.RunFailure:
+def run_failure(error: Error) -> failure_pb2.RunFailure:
     """A run that failed while others of its request went on."""
-    return run_pb2.RunFailure(
+    return failure_pb2.RunFailure(
         code=_number(code_of(error)),
         reason=f"ERROR_REASON_{error.reason}",
         message=_cut(error.message, _MESSAGE_BYTES),

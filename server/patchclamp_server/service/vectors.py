@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from patchclamp.v1 import tensor_pb2, vector_pb2
-from patchclamp_server.engine.messages import UnembedRow
+from patchclamp.v1 import vector_pb2
 from patchclamp_server.errors import NotServed
-from patchclamp_server.service.tensors import FROM_WIRE, INLINE_BYTES
+from patchclamp_server.interventions.ops import UnembedRow
+from patchclamp_server.service.inline import FLOAT_NAMES, FLOATS, parse_inline
+from patchclamp_server.service.tensors import INLINE_BYTES
 from patchclamp_server.service.violations import Violations
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_FLOAT_NAMES = "float32, float16, bfloat16 or float64"
-_KNOWN_ORDERS = (tensor_pb2.BYTE_ORDER_UNSPECIFIED, tensor_pb2.BYTE_ORDER_LITTLE_ENDIAN)
 
 Rows = torch.Tensor | UnembedRow
 
@@ -30,16 +26,22 @@ class VectorParser:
         self._d_vocab = d_vocab
         self._found = found
 
-    def parse(self, source: vector_pb2.VectorSource, path: str, width: int) -> Rows | None:
-        """One vector, or one stack: float32 [n, width], or a row that only the worker holds; None when invalid."""
+    def parse(self, source: vector_pb2.VectorSource, path: str, width: int, part: int = 0) -> Rows | None:
+        """One vector, or one stack: float32 [n, width], or a row that only the worker holds; None when invalid.
+
+        Where only a part of the axis is meant, vectors may also be as wide as that.
+        """
         match source.WhichOneof("source"):
             case None:
                 self._found.add(path, "a vector is needed: set one of its sources")
                 return None
             case "tensor":
-                return self._rows(self._decoded(source.tensor, f"{path}.tensor"), f"{path}.tensor", width)
+                path = f"{path}.tensor"
+                fault = "" if _is_shape(source.tensor.shape) else _shape_fault(source.tensor.shape)
+                return self._rows(parse_inline(source.tensor, path, fault, self._found), path, width, part)
             case "safetensors":
-                return self._rows(self._loaded(source.safetensors, f"{path}.safetensors"), f"{path}.safetensors", width)
+                path = f"{path}.safetensors"
+                return self._rows(self._loaded(source.safetensors, path), path, width, part)
             case "unembed_token":
                 return self._unembed(source.unembed_token, f"{path}.unembed_token", width)
             case arm:
@@ -53,29 +55,6 @@ class VectorParser:
         else:
             return UnembedRow(token_id)
         return None
-
-    def _decoded(self, wire: tensor_pb2.Tensor, path: str) -> torch.Tensor | None:
-        """The values of an inline tensor."""
-        dtype = FROM_WIRE.get(int(wire.dtype))
-        if dtype not in _FLOATS:
-            self._found.add(f"{path}.dtype", f"must be {_FLOAT_NAMES}")
-        elif wire.byte_order not in _KNOWN_ORDERS:
-            self._found.add(f"{path}.byte_order", "must be little-endian")
-        elif wire.WhichOneof("content") != "inline":
-            self._found.add(f"{path}.inline", "the values of a vector must be inline")
-        elif not _is_shape(wire.shape):
-            self._found.add(f"{path}.shape", f"must be [width] or [n, width], not {list(wire.shape)[:8]}")
-        else:
-            return self._viewed(wire.inline, dtype, wire.shape, f"{path}.inline")
-        return None
-
-    def _viewed(self, data: bytes, dtype: torch.dtype, shape: Sequence[int], path: str) -> torch.Tensor | None:
-        need = math.prod(shape) * dtype.itemsize
-        if len(data) != need:
-            self._found.add(path, f"{need} bytes are needed for the shape {list(shape)}, there are {len(data)}")
-            return None
-        # A tensor over memory that nobody may write, as a message's is, is something that torch has no way to express.
-        return torch.frombuffer(bytearray(data), dtype=dtype).view(*shape)
 
     def _loaded(self, data: bytes, path: str) -> torch.Tensor | None:
         """The one tensor of a safetensors file."""
@@ -91,22 +70,24 @@ class VectorParser:
             self._found.add(path, f"exactly one tensor is needed, there are {len(tensors)}")
             return None
         (tensor,) = tensors.values()
-        if tensor.dtype not in _FLOATS:
-            self._found.add(path, f"the tensor must be {_FLOAT_NAMES}")
+        if tensor.dtype not in FLOATS:
+            self._found.add(path, f"the tensor must be {FLOAT_NAMES}")
         elif not _is_shape(tensor.shape):
-            self._found.add(path, f"the tensor must be [width] or [n, width], not {list(tensor.shape)[:8]}")
+            self._found.add(path, f"the tensor {_shape_fault(tensor.shape)}")
         else:
             return tensor
         return None
 
-    def _rows(self, tensor: torch.Tensor | None, path: str, width: int) -> torch.Tensor | None:
+    def _rows(self, tensor: torch.Tensor | None, path: str, width: int, part: int) -> torch.Tensor | None:
         """The tensor as float32 rows, when it has the right width and only finite values."""
         if tensor is None:
             return None
-        if tensor.shape[-1] != width:
-            self._found.add(path, f"must be {width} wide, as this site's last axis is; it is {tensor.shape[-1]}")
+        given = tensor.shape[-1]
+        if given not in (width, part):
+            or_part = f", or {part} wide, as the target's neurons are" if part else ""
+            self._found.add(path, f"must be {width} wide, as this site's last axis is{or_part}; it is {given}")
             return None
-        rows = tensor.to(torch.float32).reshape(-1, width)
+        rows = tensor.to(torch.float32).reshape(-1, given)
         if not bool(torch.isfinite(rows).all()):
             self._found.add(path, "all values must be finite in float32: there are NaN or infinite ones")
             return None
@@ -115,3 +96,7 @@ class VectorParser:
 
 def _is_shape(shape: Sequence[int]) -> bool:
     return len(shape) in (1, 2) and all(size >= 1 for size in shape)
+
+
+def _shape_fault(shape: Sequence[int]) -> str:
+    return f"must be [width] or [n, width], not {list(shape)[:8]}"

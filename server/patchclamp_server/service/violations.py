@@ -26,6 +26,11 @@ class Violations:
         else:
             self._found.append(FieldViolation(field, description))
 
+    def names(self, field: str) -> bool:
+        """Whether something is noted for a field or a part of it."""
+        parts = (f"{field}.", f"{field}[")
+        return any(violation.field == field or violation.field.startswith(parts) for violation in self._found)
+
     def raise_any(self) -> None:
         """Raises InvalidArgument with all of them; its reason is theirs where they agree."""
         if not self._found:
