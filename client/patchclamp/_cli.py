@@ -14,6 +14,8 @@ from typing import Any, get_args
 import numpy as np
 
 import patchclamp as pc
+from patchclamp._generation_reports import StreamedText, plain_generation, plain_token
+from patchclamp._interventions_json import Ready, from_json
 from patchclamp._positions import Positions
 from patchclamp._reads import REDUCTIONS
 from patchclamp._reports import arrays, plain_info, plain_run, show_info, show_run, show_tokens
@@ -28,6 +30,12 @@ examples:
   patchclamp run "Fact: the capital of the state containing Dallas is"
   patchclamp run "..." --read "blocks.*.resid_post" --reduce norm
   patchclamp run "..." --read blocks.3.attn.pattern --heads 1 --save pattern.npz
+  patchclamp run "..." --interventions edits.json --baseline
+  patchclamp generate "Once upon a time" --max-new-tokens 40 --stop "."
+  patchclamp generate "..." --temperature 0.8 --seed 7 --json
+
+edits.json is a list in the JSON form of patchclamp.v1.Intervention, such as
+  [{"zero": {"target": {"hookPoint": {"site": "SITE_ATTN_OUT", "layer": 3}}}}]
 
 PATCHCLAMP_TARGET, PATCHCLAMP_TOKEN and PATCHCLAMP_TIMEOUT stand in for the
 options of these names. `patchclamp COMMAND --help` says more.
@@ -90,14 +98,21 @@ def _run(options: argparse.Namespace) -> int:
         )
         for hook in options.read
     ]
+    try:
+        edits = _edits(options)
+    except (OSError, UnicodeDecodeError) as fault:
+        return _unreadable(options, fault)
     with _connect(options) as client:
         run = client.run(
             _prompt(options),
             read=reads,
+            interventions=edits,
             logits=options.logits,
             top_k=options.top_k,
             logprobs=options.logprob,
             loss=options.loss,
+            baseline=options.baseline,
+            keep=options.keep,
             numerics=options.numerics,
         )
     if options.save:
@@ -112,14 +127,77 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _generate(options: argparse.Namespace) -> int:
+    if options.stream and not options.json:
+        options.usage_error("--stream: only with --json; text comes as it is generated anyway")
+    try:
+        edits = _edits(options)
+    except (OSError, UnicodeDecodeError) as fault:
+        return _unreadable(options, fault)
+    interrupted = False
+    with (
+        _connect(options) as client,
+        client.stream(
+            _prompt(options),
+            max_new_tokens=options.max_new_tokens,
+            interventions=edits,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            repetition_penalty=options.repetition_penalty,
+            seed=options.seed,
+            samples=options.samples,
+            stop=options.stop,
+            ignore_eos=options.ignore_eos,
+            top_logprobs=options.top_logprobs,
+            numerics=options.numerics,
+        ) as stream,
+    ):
+        shown = StreamedText(sys.stdout, sys.stderr, options.samples)
+        try:
+            for token in stream:
+                if options.stream:
+                    _print_json({"event": "token", **plain_token(token)}, flush=True)
+                elif not options.json:
+                    shown.take(token)
+            made = stream.result
+        except KeyboardInterrupt:
+            stream.close()
+            if not stream.begun:
+                return 130
+            interrupted, made = True, stream.so_far
+        except pc.Error:
+            shown.leave()
+            raise
+    if options.json:
+        _print_json({"event": "end", **plain_generation(made)} if options.stream else plain_generation(made))
+    else:
+        shown.finish(made)
+    for number, sample in enumerate(made.samples):
+        if sample.error is not None:
+            _fail(f"sample {number}: {sample.error}")
+    return 130 if interrupted else int(any(sample.error for sample in made.samples))
+
+
+def _edits(options: argparse.Namespace) -> list[Ready] | None:
+    """The interventions of `--interventions`. OSError and UnicodeDecodeError where they cannot be read."""
+    if options.interventions == options.prompt == "-":
+        options.usage_error("PROMPT and --interventions cannot both come from standard input")
+    return from_json(_content(options.interventions), "interventions") if options.interventions else None
+
+
+def _unreadable(options: argparse.Namespace, fault: OSError | UnicodeDecodeError) -> int:
+    return _fail(f"cannot read {options.interventions}: {getattr(fault, 'strerror', None) or fault}")
+
+
 def _demo(options: argparse.Namespace) -> int:
     from patchclamp._tour import tour
 
     return tour(Terminal.of(sys.stdout), short=options.short)
 
 
-def _print_json(plain: Any) -> None:
-    print(json.dumps(plain, ensure_ascii=False, allow_nan=False))
+def _print_json(plain: Any, *, flush: bool = False) -> None:
+    print(json.dumps(plain, ensure_ascii=False, allow_nan=False), flush=flush)
 
 
 def _connect(options: argparse.Namespace) -> pc.Client:
@@ -131,6 +209,10 @@ def _prompt(options: argparse.Namespace) -> Prompt:
         return _wholenumbers(options.prompt)
     text = sys.stdin.read() if options.prompt == "-" else str(options.prompt)
     return [{"role": "user", "content": text}] if options.chat else text
+
+
+def _content(file: str) -> str:
+    return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
 
 
 def _wholenumbers(text: str) -> list[int]:
@@ -198,14 +280,9 @@ def _parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", _run, "next tokens and activations of a prompt")
     _add_prompt(run)
     _add_reads(run)
+    _add_interventions(run)
     _add_logits(run)
-    run.add_argument(
-        "--numerics",
-        choices=get_args(Numerics),
-        default="default",
-        metavar="HOW",
-        help=f"how exact results are: {', '.join(get_args(Numerics))}",
-    )
+    _add_numerics(run)
     run.add_argument(
         "--save",
         type=Path,
@@ -214,6 +291,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_connection(run)
     run.set_defaults(usage_error=run.error)
+
+    generate = _command(commands, "generate", _generate, "go on with a prompt, token by token")
+    _add_prompt(generate)
+    _add_sampling(generate)
+    _add_stop_rules(generate)
+    _add_edits(generate.add_argument_group("interventions"))
+    _add_numerics(generate)
+    _add_connection(generate)
+    generate.add_argument("--stream", action="store_true", help="with --json: a line for each token as it comes")
+    generate.set_defaults(usage_error=generate.error)
 
     demo = _command(commands, "demo", _demo, "start a server with the bundled model and take the guided tour")
     demo.add_argument("--short", action="store_true", help="the short tour")
@@ -264,6 +351,27 @@ def _add_reads(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_edits(interventions: Any) -> None:
+    interventions.add_argument(
+        "--interventions",
+        metavar="FILE",
+        help="edits of the run: a JSON list of patchclamp.v1.Intervention; - takes it from standard input",
+    )
+
+
+def _add_interventions(parser: argparse.ArgumentParser) -> None:
+    interventions = parser.add_argument_group("interventions")
+    _add_edits(interventions)
+    interventions.add_argument("--baseline", action="store_true", help="also the next tokens without the interventions")
+    interventions.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="HOOK",
+        help="activation to keep on the server, as a handle; may be given several times",
+    )
+
+
 def _add_logits(parser: argparse.ArgumentParser) -> None:
     logits = parser.add_argument_group("logits")
     logits.add_argument("--top-k", type=int, default=5, metavar="N", help="most probable next tokens (default: 5)")
@@ -283,6 +391,50 @@ def _add_logits(parser: argparse.ArgumentParser) -> None:
         help="also the log-probability of this token (digits: an id)",
     )
     logits.add_argument("--loss", action="store_true", help="loss of the prompt's own tokens")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    sampling = parser.add_argument_group("choice of tokens")
+    sampling.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the most probable token"
+    )
+    sampling.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="among the K most probable tokens (default: all)"
+    )
+    sampling.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="among the most probable tokens of this sum (default: 1)"
+    )
+    sampling.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="divides positive logits of tokens already there, multiplies negative ones (default: 1)",
+    )
+    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same tokens (default: any)")
+    sampling.add_argument("--samples", type=int, default=1, metavar="N", help="continuations (default: 1)")
+    sampling.add_argument(
+        "--top-logprobs", type=int, default=0, metavar="N", help="with --json: also the N most probable tokens"
+    )
+
+
+def _add_stop_rules(parser: argparse.ArgumentParser) -> None:
+    rules = parser.add_argument_group("end")
+    rules.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="most tokens (default: 64)")
+    rules.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="text that ends it; may be given several times"
+    )
+    rules.add_argument("--ignore-eos", action="store_true", help="go on past the model's end of sequence")
+
+
+def _add_numerics(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--numerics",
+        choices=get_args(Numerics),
+        default="default",
+        metavar="HOW",
+        help=f"how exact results are: {', '.join(get_args(Numerics))}",
+    )
 
 
 def _add_connection(parser: argparse.ArgumentParser) -> None:

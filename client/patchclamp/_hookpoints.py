@@ -59,6 +59,7 @@ SITES: dict[str, pb.Site] = {
     "ln_final": pb.SITE_LN_FINAL,
     "logits": pb.SITE_LOGITS,
 }
+_NAMES: dict[int, str] = {site: name for name, site in SITES.items()}
 OUTSIDE_BLOCKS = frozenset({"embed", "pos_embed", "ln_final.scale", "ln_final", "logits"})
 
 # Sites that TransformerLens calls the same but for `hook_` before the last part.
@@ -114,6 +115,14 @@ class HookName:
     def to_message(self) -> pb.HookPoint:
         """The hook point as it travels."""
         return pb.HookPoint(site=SITES[self.site], layer=self.layer)
+
+
+def name_of(message: pb.HookPoint) -> str:
+    """The canonical name of a hook point that a server told; `site 99` for a site that this SDK does not know."""
+    site = _NAMES.get(message.site)
+    if site is None:
+        return f"site {message.site}"
+    return str(HookName(site, message.layer if message.HasField("layer") else None))
 
 
 def parse(text: str, field: str = "hook") -> HookName:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from html import escape
 
 from patchclamp._hookpoints import parse
+from patchclamp._tensors import dtype_name
 from patchclamp.errors import InvalidArgument
 from patchclamp.v1 import model_pb2 as pb
-from patchclamp.v1 import tensor_pb2
 
 _LAYOUTS: dict[int, str] = {pb.BLOCK_LAYOUT_SEQUENTIAL: "sequential", pb.BLOCK_LAYOUT_PARALLEL: "parallel"}
 
@@ -171,7 +171,7 @@ class ModelInfo:
             name=model.name,
             revision=model.revision,
             architecture=model.architecture,
-            dtype=_dtype(model.dtype),
+            dtype=dtype_name(model.dtype),
             devices=tuple(model.devices),
             parameters=model.parameters,
             layout=_LAYOUTS.get(model.layout, ""),
@@ -223,9 +223,3 @@ def _dims(message: pb.Dims) -> Dims:
 
 def _limits(message: pb.Limits) -> Limits:
     return Limits(**{field.name: getattr(message, field.name) for field in fields(Limits)})
-
-
-def _dtype(value: tensor_pb2.Dtype) -> str:
-    """`float32` for `DTYPE_FLOAT32`; empty for what this SDK does not know."""
-    known = value != tensor_pb2.DTYPE_UNSPECIFIED and value in tensor_pb2.Dtype.values()
-    return tensor_pb2.Dtype.Name(value).removeprefix("DTYPE_").lower() if known else ""

@@ -93,6 +93,30 @@ def to_message(
             return _indices(_whole_numbers(positions, field), field)
 
 
+def settled(positions: Any, field: str) -> Positions:
+    """Positions as a value that stays as it is: lists and arrays become tuples, names of spans spans.
+
+    Fails now, not when the run is sent, for positions that cannot be meant.
+    """
+    match positions:
+        case None:
+            return ALL
+        case Span() | At():
+            return positions
+        case str():
+            to_message(positions, field)
+            return Span(positions)
+        case slice():
+            found = _range(positions, field).range
+            return slice(
+                found.start if found.HasField("start") else None, found.stop if found.HasField("stop") else None
+            )
+        case _:
+            numbers = _whole_numbers(positions, field)
+            _indices(numbers, field)
+            return numbers[0] if is_whole_number(positions) else tuple(numbers)
+
+
 def locate(where: At, tokenized: model_pb2.TokenizedPrompt, field: str) -> list[int]:
     """Positions of the tokens that overlap one occurrence of a text."""
     if tokenized.tokens and not any(token.text for token in tokenized.tokens):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
-from patchclamp import _positions, _tensors
+from patchclamp import _positions, _tensors, _vectors
+from patchclamp._arguments import indices
 from patchclamp._hookpoints import HookName, parse
-from patchclamp._positions import At, Positions, is_whole_number
+from patchclamp._positions import At, Positions
+from patchclamp._vectors import NAMED, Source, Unembed, Vector
 from patchclamp.errors import invalid_field
-from patchclamp.v1 import model_pb2, read_pb2, vector_pb2
+from patchclamp.v1 import model_pb2, read_pb2, tensor_pb2
 
 Reduce: TypeAlias = Literal["last", "mean", "norm", "topk", "moments", "project", "logit_lens"]
 DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
@@ -22,24 +23,6 @@ DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduce)
 _RANKED = ("topk", "logit_lens")
 DEFAULT_K = 5
-
-
-@dataclass(frozen=True)
-class Unembed:
-    """The unembedding row of a token: the direction that raises its logit. See `unembed`."""
-
-    token: int | str
-
-    def __repr__(self) -> str:
-        return f"pc.unembed({self.token!r})"
-
-
-def unembed(token: SupportsIndex | str) -> Unembed:
-    """The unembedding row of a token, given by id or as text that is exactly one token."""
-    return Unembed(check_token(token, "unembed"))
-
-
-Vector: TypeAlias = "NDArray[np.float32] | Unembed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +35,8 @@ class Read:
     reduce: Reduce | None = None
     k: int | None = None
     by_magnitude: bool = False
-    onto: tuple[Vector, ...] = ()
-    dtype: DTypeName = "float32"
+    onto: tuple[Source, ...] = ()
+    dtype: DTypeName | None = None
 
     def __repr__(self) -> str:
         parts = [repr(str(self.hook))]
@@ -62,7 +45,7 @@ class Read:
         parts += [f"reduce={self.reduce!r}"] if self.reduce else []
         parts += [f"k={self.k}"] if self.k else []
         parts += [f"onto=<{len(self.onto)} vectors>"] if self.onto else []
-        parts += [f"dtype={self.dtype!r}"] if self.dtype != "float32" else []
+        parts += [f"dtype={self.dtype!r}"] if self.dtype else []
         return f"pc.read({', '.join(parts)})"
 
     @property
@@ -84,8 +67,8 @@ def read(
     reduce: Reduce | None = None,
     k: int | None = None,
     by_magnitude: bool = False,
-    onto: ArrayLike | Unembed | Sequence[ArrayLike | Unembed] | None = None,
-    dtype: DTypeName = "float32",
+    onto: Vector | Sequence[Vector] | None = None,
+    dtype: DTypeName | None = None,
 ) -> Read:
     """An activation to return: rows of a site, or what is computed from them on the server.
 
@@ -101,8 +84,10 @@ def read(
             `k` most probable tokens if the model ended there: log-probabilities, and token ids in `.indices`.
         k: How many, for `"topk"` and `"logit_lens"`. Left out: 5.
         by_magnitude: `"topk"` ranks by absolute value; the values keep their sign.
-        onto: For `"project"`: an array [d] or [n, d], `pc.unembed(token)`, or a list of these.
-        dtype: Precision on the wire. Arrays arrive as float32 whatever it is.
+        onto: For `"project"`: an array [d] or [n, d], `pc.unembed(token)`, `pc.decoder(layer, feature)`, a registered
+            direction's name, a handle, or a list of these.
+        dtype: Precision on the wire. Left out: float32. Arrays arrive as float32 whatever it is. For what is kept on
+            the server, the type it is stored in; left out: the model's own.
     """
     if not isinstance(hook, str):
         raise TypeError(f"hook is a name such as 'blocks.3.resid_post', not {type(hook).__name__}")
@@ -116,18 +101,28 @@ def read(
         raise invalid_field("by_magnitude", "belongs to reduce='topk'")
     if (onto is not None) != (reduce == "project"):
         raise invalid_field("onto", "belongs to reduce='project', which needs it")
-    if dtype not in _tensors.DTYPES:
+    if dtype is not None and dtype not in _tensors.DTYPES:
         raise invalid_field("dtype", f"{dtype!r} is not one of {', '.join(_tensors.DTYPES)}")
     return Read(
         hook=name,
         positions=positions,
-        heads=_heads(heads),
+        heads=indices(heads, "heads", "head"),
         reduce=reduce,
         k=_k(k) if reduce in _RANKED else None,
         by_magnitude=by_magnitude,
-        onto=() if onto is None else _vectors(onto),
+        onto=() if onto is None else _onto(onto),
         dtype=dtype,
     )
+
+
+def to_kept_message(
+    item: Read, field: str, tokenized: model_pb2.TokenizedPrompt | None, token_ids: dict[str, int]
+) -> read_pb2.Read:
+    """The read of something that stays on the server, as it travels: in the model's own type unless told otherwise."""
+    message = to_message(item, field, tokenized, token_ids)
+    if item.dtype is None:
+        message.dtype = tensor_pb2.DTYPE_UNSPECIFIED
+    return message
 
 
 def to_message(
@@ -139,22 +134,8 @@ def to_message(
         positions=_positions.to_message(item.positions, f"{field}.positions", tokenized),
         heads=item.heads,
         reduction=_reduction(item, token_ids),
-        dtype=_tensors.DTYPES[item.dtype],
+        dtype=_tensors.DTYPES[item.dtype or "float32"],
     )
-
-
-def check_token(token: SupportsIndex | str, field: str) -> int | str:
-    """A token given by id or text."""
-    if isinstance(token, str):
-        if not token:
-            raise invalid_field(field, "empty text is no token")
-        return token
-    if not is_whole_number(token):
-        raise TypeError(f"{field} takes a token id or its text, not {token!r}")
-    index = operator.index(token)
-    if not 0 <= index < 2**32:
-        raise invalid_field(field, f"{index} is no token id")
-    return index
 
 
 def _positions_seem_right(positions: Positions | None) -> None:
@@ -180,52 +161,15 @@ def _reduction(item: Read, token_ids: dict[str, int]) -> read_pb2.Reduction | No
         case "logit_lens":
             return read_pb2.Reduction(logit_lens=read_pb2.LogitLensReduction(k=item.k))
         case "project":
-            onto = [_vector_source(vector, token_ids) for vector in item.onto]
+            onto = [_vectors.to_message(vector, token_ids) for vector in item.onto]
             return read_pb2.Reduction(project=read_pb2.ProjectReduction(onto=onto))
 
 
-def _vector_source(vector: Vector, token_ids: dict[str, int]) -> vector_pb2.VectorSource:
-    if isinstance(vector, Unembed):
-        token = vector.token
-        return vector_pb2.VectorSource(unembed_token=token_ids[token] if isinstance(token, str) else token)
-    return vector_pb2.VectorSource(tensor=_tensors.encode(vector))
-
-
-def _vectors(onto: Any) -> tuple[Vector, ...]:
-    """Unembedding rows as they are; everything else as arrays [n, d]. A list of numbers is one vector."""
-    if isinstance(onto, Unembed):
-        return (onto,)
-    if isinstance(onto, list | tuple) and any(isinstance(item, Unembed) or np.ndim(item) for item in onto):
-        return tuple(item if isinstance(item, Unembed) else _matrix(item) for item in onto)
-    return (_matrix(onto),)
-
-
-def _matrix(values: Any) -> NDArray[np.float32]:
-    """One vector [d] or a stack of them [n, d], as float32."""
-    try:
-        array = np.array(values, dtype=np.float32)
-    except (TypeError, ValueError) as fault:
-        raise TypeError(f"onto is made of arrays of numbers: {fault}") from None
-    if array.ndim not in (1, 2) or not array.size:
-        raise invalid_field("onto", f"an array of shape {array.shape}; a vector is [d], a stack of them [n, d]")
-    if not np.isfinite(array).all():
-        raise invalid_field("onto", "holds values that are not finite in float32")
-    array.flags.writeable = False
-    return array
-
-
-def _heads(heads: Any) -> tuple[int, ...]:
-    if heads is None:
-        return ()
-    items = [heads] if is_whole_number(heads) else heads
-    if isinstance(items, str) or not isinstance(items, Iterable) or not all(map(is_whole_number, items)):
-        raise TypeError(f"heads is a list of head indices, not {heads!r}")
-    indices = tuple(operator.index(head) for head in items)
-    if any(not 0 <= index < 2**32 for index in indices):
-        raise invalid_field("heads", f"{min(indices)} is no head: heads count from 0")
-    if len(set(indices)) < len(indices):
-        raise invalid_field("heads", "a head is there twice")
-    return indices
+def _onto(onto: Any) -> tuple[Source, ...]:
+    """One vector or a stack of them, or a list of these. A list of numbers is one vector."""
+    if isinstance(onto, list | tuple) and any(isinstance(item, NAMED) or np.ndim(item) for item in onto):
+        return tuple(_vectors.vector(item, "onto", stack=True) for item in onto)
+    return (_vectors.vector(onto, "onto", stack=True),)
 
 
 def _k(k: int | None) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 
+from patchclamp._handles import Handle
 from patchclamp._model_info import ModelInfo, SiteInfo
-from patchclamp._results import Activation, Run, Tokens, quoted
+from patchclamp._receipts import Receipt
+from patchclamp._results import Activation, Baseline, Run, Tokens, quoted
 from patchclamp._terminal import Terminal
 
 _READS_SHOWN = 40
@@ -56,25 +59,20 @@ def show_tokens(tokens: Tokens, terminal: Terminal) -> None:
 
 
 def show_run(run: Run, asked: Sequence[int | str], terminal: Terminal) -> None:
-    """Tokens, next tokens and reads. `asked` are the tokens whose log-probabilities were asked for."""
+    """Tokens, next tokens, receipts and reads. `asked` are the tokens whose log-probabilities were asked for."""
     terminal.say(terminal.bold("1 token" if len(run.tokens) == 1 else f"{len(run.tokens)} tokens"))
     strings = list(map(quoted, run.tokens.strings, run.tokens.ids))
     terminal.items(strings)
-    for position, row in zip(run.logit_positions, run.top_rows, strict=False):
-        after = f"after {strings[position]}, position {position}"
-        terminal.say(f"\n{terminal.bold('next token')} {terminal.dim(after)}")
-        terminal.table(
-            [[quoted(top.text, top.id), f"{top.probability:.4f}", terminal.bar(top.probability, 30)] for top in row]
-        )
-    if run.logprobs is not None:
-        terminal.say(f"\n{terminal.bold('log-probabilities')}")
-        rows = [
-            [str(position), *(f"{value:z.4f}" for value in row)]
-            for position, row in zip(run.logit_positions, run.logprobs, strict=True)
-        ]
-        terminal.table(rows, ["pos", *map(repr, asked)], right=range(len(asked) + 1))
+    _show_logits(run, strings, asked, terminal)
+    if run.baseline is not None:
+        _show_logits(run.baseline, strings, asked, terminal, " without interventions")
     if run.loss is not None:
         terminal.say(f"\n{terminal.bold('loss')} {run.loss.mean() if run.loss.size else 0:z.4f} nats per token")
+    show_receipts(run.receipts, terminal)
+    if run.handles:
+        terminal.say(f"\n{terminal.bold('kept on the server')}")
+        for handle in run.handles.in_order:
+            terminal.say(f"  {handle.hook_point}  {handle.dtype} {list(handle.shape)}\n    {handle.name}")
     if run.reads:
         terminal.say(f"\n{terminal.bold('reads')}")
         rows = [
@@ -85,6 +83,51 @@ def show_run(run: Run, asked: Sequence[int | str], terminal: Terminal) -> None:
         more = len(run.reads.in_order) - _READS_SHOWN
         if more > 0:
             terminal.say(f"  and {more} more; --json or --save has them all")
+
+
+def show_receipts(receipts: Sequence[Receipt], terminal: Terminal) -> None:
+    """What each intervention did."""
+    if not receipts:
+        return
+    terminal.say(f"\n{terminal.bold('receipts')} {terminal.dim('rows, and norm(change) / norm(row)')}")
+    rows = [
+        [
+            *(f"{rows:,}" for rows in (receipt.rows_selected, receipt.rows_fired, receipt.rows_changed)),
+            *(f"{delta:z.3g}" for delta in (receipt.mean_delta, receipt.max_delta)),
+            f"{receipt.clipped:,}",
+            _intervention(receipt),
+        ]
+        for receipt in receipts
+    ]
+    header = ["selected", "fired", "changed", "mean", "max", "clipped", "intervention"]
+    terminal.table(rows, header, right=range(6))
+
+
+def _show_logits(
+    logits: Run | Baseline, strings: Sequence[str], asked: Sequence[int | str], terminal: Terminal, whose: str = ""
+) -> None:
+    """The most probable next tokens of each row, and the log-probabilities asked for."""
+    for position, row in zip(logits.logit_positions, logits.top_rows, strict=False):
+        after = f"after {strings[position]}, position {position}"
+        terminal.say(f"\n{terminal.bold(f'next token{whose}')} {terminal.dim(after)}")
+        terminal.table(
+            [[quoted(top.text, top.id), f"{top.probability:.4f}", terminal.bar(top.probability, 30)] for top in row]
+        )
+    if logits.logprobs is not None:
+        terminal.say(f"\n{terminal.bold(f'log-probabilities{whose}')}")
+        rows = [
+            [str(position), *(f"{value:z.4f}" for value in row)]
+            for position, row in zip(logits.logit_positions, logits.logprobs, strict=True)
+        ]
+        terminal.table(rows, ["pos", *map(repr, asked)], right=range(len(asked) + 1))
+
+
+def _intervention(receipt: Receipt) -> str:
+    """What a receipt is of."""
+    name = receipt.profile
+    if receipt.intervention is not None:
+        name = f"{receipt.intervention.kind} {receipt.intervention.where}"
+    return f"{name} (no effect)" if receipt.no_effect else name
 
 
 def _preview(read: Activation) -> str:
@@ -113,7 +156,10 @@ def _span(layers: tuple[int, ...]) -> str:
 def arrays(run: Run) -> dict[str, Any]:
     """Everything numeric in a run, by name; what was read at one place in several ways is numbered."""
     arrays: dict[str, Any] = {"tokens": np.array(run.tokens.ids, np.int64)}
-    for name, values in (("logits", run.logits), ("logprobs", run.logprobs), ("loss", run.loss)):
+    found = {"logits": run.logits, "logprobs": run.logprobs, "loss": run.loss}
+    if run.baseline is not None:
+        found |= {"baseline.logits": run.baseline.logits, "baseline.logprobs": run.baseline.logprobs}
+    for name, values in found.items():
         if values is not None:
             arrays[name] = np.asarray(values)
     own_names = set(arrays)
@@ -151,10 +197,7 @@ def plain_run(run: Run, asked: Sequence[int | str]) -> dict[str, Any]:
     """A run as plain values."""
     plain: dict[str, Any] = {
         "tokens": {"ids": run.tokens.ids, "strings": run.tokens.strings},
-        "top": [
-            {"position": position, "tokens": [vars(top) for top in row]}
-            for position, row in zip(run.logit_positions, run.top_rows, strict=False)
-        ],
+        **_plain_logits(run, asked),
         "reads": [
             {
                 "name": read.hook_point,
@@ -166,15 +209,42 @@ def plain_run(run: Run, asked: Sequence[int | str]) -> dict[str, Any]:
             }
             for read in run.reads.in_order
         ],
+        "receipts": [plain_receipt(receipt) for receipt in run.receipts],
+        "handles": [_plain_handle(handle) for handle in run.handles.in_order],
         "summary": vars(run.summary),
     }
-    if run.logits is not None:
-        plain["logits"] = numbers(run.logits)
-    if run.logprobs is not None:
-        plain["logprobs"] = {"tokens": asked, "values": numbers(run.logprobs)}
+    if run.baseline is not None:
+        plain["baseline"] = _plain_logits(run.baseline, asked)
     if run.loss is not None:
         plain["loss"] = numbers(run.loss)
     return plain
+
+
+def _plain_logits(logits: Run | Baseline, asked: Sequence[int | str]) -> dict[str, Any]:
+    plain: dict[str, Any] = {
+        "top": [
+            {"position": position, "tokens": [vars(top) for top in row]}
+            for position, row in zip(logits.logit_positions, logits.top_rows, strict=False)
+        ]
+    }
+    if logits.logits is not None:
+        plain["logits"] = numbers(logits.logits)
+    if logits.logprobs is not None:
+        plain["logprobs"] = {"tokens": asked, "values": numbers(logits.logprobs)}
+    return plain
+
+
+def plain_receipt(receipt: Receipt) -> dict[str, Any]:
+    """A receipt as plain values."""
+    plain = {name: value for name, value in vars(receipt).items() if name != "intervention"}
+    if receipt.intervention is not None:
+        plain |= {"kind": receipt.intervention.kind, "where": receipt.intervention.where}
+    return plain
+
+
+def _plain_handle(handle: Handle) -> dict[str, Any]:
+    times = {name: value.isoformat() for name, value in vars(handle).items() if isinstance(value, datetime)}
+    return {**vars(handle), **times}
 
 
 def numbers(array: Any) -> Any:

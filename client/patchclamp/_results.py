@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from patchclamp._handles import Handle
 from patchclamp._hookpoints import HookName, parse
+from patchclamp._receipts import Receipt
 from patchclamp.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -152,34 +154,36 @@ def _restored(
     return Activation.of(values, hook_point, reduce=reduce, positions=positions, indices=indices)
 
 
-class Activations(Mapping[str, Activation]):
-    """The reads of one run, by hook point: canonical names, or TransformerLens's.
+class _Placed(Protocol):
+    @property
+    def hook_point(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
-    `in_order` has them as they were asked for, layers ascending, where one place was read in several ways.
-    """
 
-    def __init__(self, in_order: Sequence[Activation]) -> None:
+_P = TypeVar("_P", bound=_Placed)
+
+
+class _ByHookPoint(Mapping[str, _P]):
+    """What a run has at hook points, by their names. `done` is what was done there, `kept_as` the name of it all."""
+
+    done: str
+    kept_as: str
+
+    def __init__(self, in_order: Sequence[_P]) -> None:
         self.in_order = tuple(in_order)
-        self._by_name: dict[str, list[Activation]] = {}
-        for activation in self.in_order:
-            self._by_name.setdefault(activation.hook_point, []).append(activation)
+        self._by_name: dict[str, list[_P]] = {}
+        for item in self.in_order:
+            self._by_name.setdefault(item.hook_point, []).append(item)
 
-    def __getitem__(self, name: str) -> Activation:
+    def __getitem__(self, name: str) -> _P:
         found = self._by_name.get(name) or self._by_name.get(str(self._hook(name)), [])
         if len(found) == 1:
             return found[0]
         if found:
-            ways = ", ".join(str(activation.reduce or "rows") for activation in found)
-            raise KeyError(f"{name!r} was read {len(found)} times ({ways}): take one of reads.in_order")
-        raise KeyError(f"{name!r} was not read; {self._those_read()}")
-
-    def stack(self, name: str) -> FloatArray:
-        """One site in every layer that was read, ascending, on a new first axis: `stack("resid_post")`."""
-        site = self._hook(name).site
-        layers = [key for key in self._by_name if parse(key).site == site]
-        if not layers:
-            raise KeyError(f"{name!r} was not read; {self._those_read()}")
-        return np.stack([np.asarray(self[key]) for key in layers])
+            ways = ", ".join(map(self._way, found))
+            raise KeyError(f"{name!r} was {self.done} {len(found)} times ({ways}): take one of {self.kept_as}.in_order")
+        raise KeyError(f"{name!r} was not {self.done}; {self._those_there()}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)
@@ -188,18 +192,54 @@ class Activations(Mapping[str, Activation]):
         return len(self._by_name)
 
     def __repr__(self) -> str:
-        return f"Activations({_listed([f'{name} {list(self._by_name[name][0].shape)}' for name in self])})"
+        shown = [f"{name} {list(self._by_name[name][0].shape)}" for name in self]
+        return f"{type(self).__name__}({_listed(shown)})"
+
+    def _way(self, item: _P) -> str:
+        """What tells apart items of one hook point."""
+        return str(list(item.shape))
 
     def _hook(self, name: object) -> HookName:
         if not isinstance(name, str):
-            raise KeyError(f"{name!r} is no name; {self._those_read()}")
+            raise KeyError(f"{name!r} is no name; {self._those_there()}")
         try:
             return parse(name)
         except InvalidArgument as fault:
             raise KeyError(fault.field_violations[0].description) from None
 
-    def _those_read(self) -> str:
-        return f"this run has {_listed(list(self))}" if self._by_name else "this run read nothing"
+    def _those_there(self) -> str:
+        return f"this run has {_listed(list(self))}" if self._by_name else f"this run {self.done} nothing"
+
+
+class Activations(_ByHookPoint[Activation]):
+    """The reads of one run, by hook point: canonical names, or TransformerLens's.
+
+    `in_order` has them as they were asked for, layers ascending, where one place was read in several ways.
+    """
+
+    done = "read"
+    kept_as = "reads"
+
+    def stack(self, name: str) -> FloatArray:
+        """One site in every layer that was read, ascending, on a new first axis: `stack("resid_post")`."""
+        site = self._hook(name).site
+        layers = [key for key in self if parse(key).site == site]
+        if not layers:
+            raise KeyError(f"{name!r} was not read; {self._those_there()}")
+        return np.stack([np.asarray(self[key]) for key in layers])
+
+    def _way(self, item: Activation) -> str:
+        return str(item.reduce or "rows")
+
+
+class Handles(_ByHookPoint[Handle]):
+    """What one run keeps on the server, by hook point: canonical names, or TransformerLens's.
+
+    `in_order` has them as they were asked for, layers ascending, where one place was kept in several ways.
+    """
+
+    done = "kept"
+    kept_as = "handles"
 
 
 @dataclass(frozen=True)
@@ -216,12 +256,35 @@ class RunSummary:
 
 
 @dataclass(frozen=True, eq=False)
+class Baseline:
+    """What the same run gave without its interventions: `logits`, `logit_positions`, `top_rows`, `top` and `logprobs`
+    as those of a run."""
+
+    logits: Activation | None
+    logit_positions: tuple[int, ...]
+    top_rows: tuple[tuple[TopToken, ...], ...]
+    logprobs: FloatArray | None
+
+    @property
+    def top(self) -> tuple[TopToken, ...]:
+        """The most probable next tokens after the last row."""
+        return self.top_rows[-1] if self.top_rows else ()
+
+    def __repr__(self) -> str:
+        parts = [f"rows={len(self.logit_positions)}"]
+        parts += [f"top={quoted(self.top[0].text, self.top[0].id)} {self.top[0].probability:.2f}"] if self.top else []
+        return f"Baseline({', '.join(parts)})"
+
+
+@dataclass(frozen=True, eq=False)
 class Run:
     """What one run gave. `run["blocks.3.resid_post"]` is the activation read there.
 
     `logits` is float32 [rows, d_vocab], `logit_positions` the positions of its rows, `top_rows` the most probable next
     tokens of each row, `logprobs` float32 [rows, n] for the tokens asked for, `loss` float32 [pos - 1] in nats; each
-    is None or empty unless asked for. `receipts` has one entry per intervention.
+    is None or empty unless asked for. `receipts` has one entry per intervention, in their order (those of a steering
+    profile come behind); `baseline` is the same run without them, where it was asked for; `handles` what the server
+    keeps of it, by hook point.
     """
 
     tokens: Tokens
@@ -231,8 +294,10 @@ class Run:
     top_rows: tuple[tuple[TopToken, ...], ...]
     logprobs: FloatArray | None
     loss: FloatArray | None
-    receipts: tuple[Any, ...]
+    receipts: tuple[Receipt, ...]
     summary: RunSummary
+    baseline: Baseline | None = None
+    handles: Handles = field(default_factory=lambda: Handles([]))
 
     @property
     def top(self) -> tuple[TopToken, ...]:
@@ -253,6 +318,8 @@ class Run:
         parts += [f"top={quoted(self.top[0].text, self.top[0].id)} {self.top[0].probability:.2f}"] if self.top else []
         parts += [f"loss={float(self.loss.mean()):.2f}"] if self.loss is not None and self.loss.size else []
         parts += [f"reads={len(self.reads.in_order)}"] if self.reads else []
+        parts += [f"receipts={len(self.receipts)}"] if self.receipts else []
+        parts += [f"handles={len(self.handles.in_order)}"] if self.handles else []
         return f"Run({', '.join(parts)})"
 
     def _repr_html_(self) -> str:
@@ -265,8 +332,20 @@ class Run:
             f"<td>{list(read.shape)}</td></tr>"
             for read in self.reads.in_order
         )
+        receipts = "".join(
+            f"<tr><td><code>{escape(receipt.profile or repr(receipt.intervention))}</code></td>"
+            f"<td>{receipt.rows_selected:,}</td><td>{receipt.rows_fired:,}</td><td>{receipt.rows_changed:,}</td>"
+            f"<td>{receipt.mean_delta:.3g}</td><td>{receipt.max_delta:.3g}</td></tr>"
+            for receipt in self.receipts
+        )
         html = self.tokens._repr_html_()
         html += f"<table><tr><th>next token</th><th>probability</th></tr>{tops}</table>" if tops else ""
+        html += (
+            "<table><tr><th>intervention</th><th>rows selected</th><th>fired</th><th>changed</th><th>mean change</th>"
+            f"<th>largest</th></tr>{receipts}</table>"
+            if receipts
+            else ""
+        )
         html += f"<table><tr><th>read</th><th></th><th>shape</th></tr>{reads}</table>" if reads else ""
         return html
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +17,7 @@ from patchclamp import errors
 from patchclamp._config import Config, check_timeout
 from patchclamp._status import error_of
 from patchclamp._version import __version__
-from patchclamp.v1 import model_pb2, model_pb2_grpc, run_pb2, run_pb2_grpc
+from patchclamp.v1 import generation_pb2, model_pb2, model_pb2_grpc, run_pb2, run_pb2_grpc
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -48,6 +48,9 @@ TOKENIZE: Method[model_pb2.TokenizeRequest, model_pb2.TokenizeResponse] = Method
     model_pb2_grpc.ModelServiceStub, "Tokenize"
 )
 RUN: Method[run_pb2.RunRequest, run_pb2.RunResponse] = Method(run_pb2_grpc.RunServiceStub, "Run")
+GENERATE: Method[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse] = Method(
+    run_pb2_grpc.RunServiceStub, "Generate"
+)
 
 
 class Deadline:
@@ -60,6 +63,54 @@ class Deadline:
         """Seconds left, which travel as the call's deadline; None for no deadline."""
         left = self._end - time.monotonic()
         return None if left > _FOREVER else max(left, 0.0)
+
+
+class Responses(Iterator[Response]):
+    """The responses of one call, as they come. Closing it cancels the call; any thread may do that."""
+
+    def __init__(self, call: Any, failure_of: Callable[[grpc.RpcError], errors.Error]) -> None:
+        self._call = call
+        self._failure_of = failure_of
+
+    def __next__(self) -> Response:
+        try:
+            response: Response = next(self._call)
+        except grpc.RpcError as fault:
+            raise self._failure_of(fault) from fault
+        return response
+
+    def close(self) -> None:
+        """Cancels the call, unless it has ended."""
+        self._call.cancel()
+
+
+class AsyncResponses(AsyncIterator[Response]):
+    """The responses of one call, as they come. Closing it cancels the call; any task of the loop may do that."""
+
+    def __init__(
+        self, call: Any, failure_of: Callable[[grpc.RpcError], errors.Error], tell_if_closed: Callable[[], None]
+    ) -> None:
+        self._call = call
+        self._messages: AsyncIterator[Response] = aiter(call)
+        self._failure_of = failure_of
+        self._tell_if_closed = tell_if_closed
+
+    async def __anext__(self) -> Response:
+        try:
+            return await anext(self._messages)
+        except grpc.RpcError as fault:
+            raise self._failure_of(fault) from fault
+        except asyncio.CancelledError:
+            self._tell_if_closed()
+            raise
+
+    def cancel(self) -> None:
+        """Cancels the call, unless it has ended."""
+        self._call.cancel()
+
+    async def aclose(self) -> None:
+        """`cancel`, for `contextlib.aclosing`."""
+        self.cancel()
 
 
 class Connection:
@@ -80,17 +131,10 @@ class Connection:
             raise failure(fault, self._config, closed=self._closed) from fault
         return response
 
-    def stream(
-        self, method: Method[Request, Response], request: Request, deadline: Deadline
-    ) -> Generator[Response, None, None]:
-        """One request, many responses. Leaving the iteration early cancels the call."""
+    def stream(self, method: Method[Request, Response], request: Request, deadline: Deadline) -> Responses[Response]:
+        """One request, many responses. The request is on its way when this returns."""
         call = method.on(self._open())(request, timeout=deadline.remaining(), metadata=self._config.metadata)
-        try:
-            yield from call
-        except grpc.RpcError as fault:
-            raise failure(fault, self._config, closed=self._closed) from fault
-        finally:
-            call.cancel()
+        return Responses(call, self._failure)
 
     def close(self) -> None:
         """Closes the channel; calls in progress end as Cancelled."""
@@ -98,6 +142,9 @@ class Connection:
             self._closed = True
             if self._channel is not None:
                 self._channel.close()
+
+    def _failure(self, fault: grpc.RpcError) -> errors.Error:
+        return failure(fault, self._config, closed=self._closed)
 
     def _open(self) -> grpc.Channel:
         with self._lock:
@@ -134,27 +181,21 @@ class AsyncConnection:
             raise
         return response
 
-    async def stream(
+    def stream(
         self, method: Method[Request, Response], request: Request, deadline: Deadline
-    ) -> AsyncGenerator[Response, None]:
-        """One request, many responses. Leaving the iteration early cancels the call."""
+    ) -> AsyncResponses[Response]:
+        """One request, many responses. The request is on its way when this returns."""
         call = method.on(self._open())(request, timeout=deadline.remaining(), metadata=self._config.metadata)
-        try:
-            async for response in call:
-                yield response
-        except grpc.RpcError as fault:
-            raise failure(fault, self._config, closed=self._closed) from fault
-        except asyncio.CancelledError:
-            self._tell_if_closed()
-            raise
-        finally:
-            call.cancel()
+        return AsyncResponses(call, self._failure, self._tell_if_closed)
 
     async def close(self) -> None:
         """Closes the channel; calls in progress end as Cancelled."""
         self._closed = True
         if self._channel is not None:
             await self._channel.close()
+
+    def _failure(self, fault: grpc.RpcError) -> errors.Error:
+        return failure(fault, self._config, closed=self._closed)
 
     def _tell_if_closed(self) -> None:
         """gRPC tells a task of a closed channel by CancelledError, which only a cancelled task should see."""
@@ -193,7 +234,7 @@ def channel_options(config: Config) -> list[tuple[str, str | int]]:
 
 
 def service_config(config: Config) -> dict[str, Any]:
-    """Every method served is a read and can be repeated: gRPC retries those that no server took on."""
+    """Every method served can be repeated (what a run keeps goes by itself): gRPC retries what no server took on."""
     settings: dict[str, Any] = {
         "methodConfig": [
             {

@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from patchclamp._results import Activation, Activations, Run, RunSummary, Tokens, TopToken, probability
+from patchclamp._arriving import arriving_read, tokens, top_token
+from patchclamp._handles import Handle
+from patchclamp._receipts import Edits
+from patchclamp._results import (
+    Activation,
+    Activations,
+    Baseline,
+    FloatArray,
+    Handles,
+    Run,
+    RunSummary,
+    Tokens,
+    TopToken,
+)
 from patchclamp._status import error_of_run
-from patchclamp._tensors import IncomingTensor, TensorAssembler, damaged
+from patchclamp._tensors import TensorAssembler, damaged
 from patchclamp.errors import Error
-from patchclamp.v1 import model_pb2, prompt_pb2, read_pb2, run_pb2
-
-_REDUCTIONS = {"top_k": "topk"}
-_WITHOUT_POSITIONS = ("last", "mean", "moments")
+from patchclamp.v1 import logits_pb2, model_pb2, run_pb2
 
 
 def tokens_of(response: model_pb2.TokenizeResponse, request: model_pb2.TokenizeRequest) -> list[Tokens]:
     """What Tokenize answered, one per prompt."""
     if len(response.prompts) != len(request.prompts):
         raise damaged(f"{len(response.prompts)} of {len(request.prompts)} prompts were tokenized")
-    return [_tokens(prompt.tokens, prompt.text) for prompt in response.prompts]
+    return [tokens(prompt.tokens, prompt.text) for prompt in response.prompts]
 
 
 class RunStream:
-    """Takes the messages of one stream as they come; `results` gives the runs, or their errors, in request order."""
+    """Takes the messages of one stream as they come; `results` gives the runs, or their errors, in request order.
 
-    def __init__(self, request: run_pb2.RunRequest) -> None:
+    `edits` are the interventions of each run, as they were written.
+    """
+
+    def __init__(self, request: run_pb2.RunRequest, edits: Sequence[Edits]) -> None:
         self._request = request
+        self._edits = edits
         self._tensors = TensorAssembler()
         self._arrived: list[_ArrivingRun | Error | None] = [None] * len(request.runs)
         self._summary: RunSummary | None = None
@@ -67,9 +80,9 @@ class RunStream:
         if index >= len(self._arrived) or self._arrived[index] is not None:
             raise damaged(f"an unexpected result of run {index}")
         if result.HasField("failure"):
-            self._arrived[index] = error_of_run(result.failure)
+            self._arrived[index] = self._edits[index].explain(error_of_run(result.failure))
             return
-        self._arrived[index] = _ArrivingRun(result, self._request.runs[index], self._tensors)
+        self._arrived[index] = _ArrivingRun(result, self._request.runs[index], self._edits[index], self._tensors)
 
 
 def _present(arrived: _ArrivingRun | Error | None) -> _ArrivingRun | Error:
@@ -78,80 +91,65 @@ def _present(arrived: _ArrivingRun | Error | None) -> _ArrivingRun | Error:
     return arrived
 
 
-@dataclass(frozen=True)
-class _ArrivingRead:
-    """A read of which chunks may still come."""
+class _ArrivingLogits:
+    """A run's logits of which chunks may still come."""
 
-    name: str
-    reduce: str | None
-    positions: tuple[int, ...]
-    values: IncomingTensor
-    indices: IncomingTensor | None
+    def __init__(self, result: logits_pb2.LogitsResult, tensors: TensorAssembler) -> None:
+        self.positions = tuple(result.positions)
+        self.top = _rows([top_token(top) for top in result.top], len(self.positions))
+        self._values = tensors.open(result.values) if result.HasField("values") else None
+        self._logprobs = tensors.open(result.logprobs) if result.HasField("logprobs") else None
 
-    def finish(self) -> Activation:
-        return Activation.of(
-            self.values.array(),
-            self.name,
-            reduce=self.reduce,
-            positions=self.positions,
-            indices=None if self.indices is None else self.indices.array(),
-        )
+    def values(self) -> Activation | None:
+        if self._values is None:
+            return None
+        return Activation.of(self._values.array(), "logits", positions=self.positions)
+
+    def logprobs(self) -> FloatArray | None:
+        return None if self._logprobs is None else self._logprobs.array()
+
+    def as_baseline(self) -> Baseline:
+        return Baseline(self.values(), self.positions, self.top, self.logprobs())
 
 
 class _ArrivingRun:
     """A run's result of which chunks may still come."""
 
-    def __init__(self, result: run_pb2.RunResult, asked: run_pb2.RunSpec, tensors: TensorAssembler) -> None:
-        self._tokens = _tokens(result.tokens, result.text)
-        self._reads = [_arriving_read(read, asked, tensors, len(result.tokens)) for read in result.reads]
-        self._positions = tuple(result.logits.positions)
-        self._top = _rows([_top_token(top) for top in result.logits.top], len(self._positions))
-        self._logits = tensors.open(result.logits.values) if result.logits.HasField("values") else None
-        self._logprobs = tensors.open(result.logits.logprobs) if result.logits.HasField("logprobs") else None
+    def __init__(
+        self, result: run_pb2.RunResult, asked: run_pb2.RunSpec, edits: Edits, tensors: TensorAssembler
+    ) -> None:
+        self._tokens = tokens(result.tokens, result.text)
+        self._reads = [arriving_read(read, asked.reads, tensors, len(result.tokens)) for read in result.reads]
+        self._logits = _ArrivingLogits(result.logits, tensors)
+        self._baseline = (
+            _ArrivingLogits(result.baseline_logits, tensors) if result.HasField("baseline_logits") else None
+        )
         self._loss = tensors.open(result.loss) if result.HasField("loss") else None
+        self._receipts = edits.receipts(result.receipts)
+        self._handles = _handles(result, asked)
 
     def finish(self, summary: RunSummary) -> Run:
         return Run(
             tokens=self._tokens,
             reads=Activations([read.finish() for read in self._reads]),
-            logits=self._logits_array(),
-            logit_positions=self._positions,
-            top_rows=self._top,
-            logprobs=None if self._logprobs is None else self._logprobs.array(),
+            logits=self._logits.values(),
+            logit_positions=self._logits.positions,
+            top_rows=self._logits.top,
+            logprobs=self._logits.logprobs(),
             loss=None if self._loss is None else self._loss.array(),
-            receipts=(),
+            receipts=self._receipts,
             summary=summary,
+            baseline=None if self._baseline is None else self._baseline.as_baseline(),
+            handles=self._handles,
         )
 
-    def _logits_array(self) -> Activation | None:
-        if self._logits is None:
-            return None
-        return Activation.of(self._logits.array(), "logits", positions=self._positions)
 
-
-def _arriving_read(
-    read: read_pb2.ReadResult, asked: run_pb2.RunSpec, tensors: TensorAssembler, length: int
-) -> _ArrivingRead:
-    if read.read_index >= len(asked.reads):
-        raise damaged(f"a result of read {read.read_index}, which was not asked for")
-    kind = asked.reads[read.read_index].reduction.WhichOneof("kind")
-    return _ArrivingRead(
-        name=read.name,
-        reduce=None if kind is None else _REDUCTIONS.get(kind, kind),
-        positions=() if kind in _WITHOUT_POSITIONS else _positions(read, length),
-        values=tensors.open(read.values),
-        indices=tensors.open(read.indices) if read.HasField("indices") else None,
-    )
-
-
-def _positions(read: read_pb2.ReadResult, length: int) -> tuple[int, ...]:
-    """Positions of a read's rows: consecutive ones come as a range."""
-    if not read.HasField("position_range"):
-        return tuple(read.positions)
-    start, stop = read.position_range.start, read.position_range.stop
-    if not 0 <= start <= stop <= length:
-        raise damaged(f"positions {start} to {stop} of {length}")
-    return tuple(range(start, stop))
+def _handles(result: run_pb2.RunResult, asked: run_pb2.RunSpec) -> Handles:
+    """What is kept of a run, in the order asked for."""
+    for handle in result.handles:
+        if handle.keep_index >= len(asked.keep):
+            raise damaged(f"a handle of keep {handle.keep_index}, which was not asked for")
+    return Handles([Handle.from_message(handle) for handle in sorted(result.handles, key=lambda h: h.keep_index)])
 
 
 def _rows(top: list[TopToken], rows: int) -> tuple[tuple[TopToken, ...], ...]:
@@ -162,16 +160,3 @@ def _rows(top: list[TopToken], rows: int) -> tuple[tuple[TopToken, ...], ...]:
         raise damaged(f"{len(top)} top tokens for {rows} rows")
     k = len(top) // rows
     return tuple(tuple(top[start : start + k]) for start in range(0, len(top), k))
-
-
-def _top_token(message: run_pb2.TokenProbability) -> TopToken:
-    return TopToken(message.text, probability(message.logprob), message.id, message.logprob, message.logit)
-
-
-def _tokens(messages: Sequence[prompt_pb2.Token], text: str) -> Tokens:
-    return Tokens(
-        ids=tuple(token.id for token in messages),
-        strings=tuple(token.text for token in messages),
-        offsets=tuple((token.start, token.end) for token in messages),
-        text=text,
-    )

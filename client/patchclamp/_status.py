@@ -15,7 +15,7 @@ import grpc
 
 from patchclamp import errors
 from patchclamp.errors import FieldViolation, QuotaViolation
-from patchclamp.v1 import error_pb2, run_pb2
+from patchclamp.v1 import error_pb2, failure_pb2
 
 DETAILS_TRAILER = "grpc-status-details-bin"
 REQUEST_ID_TRAILER = "x-request-id"
@@ -79,7 +79,7 @@ def error_of(code: grpc.StatusCode, message: str, trailers: Iterable[tuple[str, 
     return _build(code, message, details, request_id if isinstance(request_id, str) else "")
 
 
-def error_of_run(failure: run_pb2.RunFailure) -> errors.Error:
+def error_of_run(failure: failure_pb2.RunFailure) -> errors.Error:
     """The error of one run that failed while others went on."""
     reason = error_pb2.ErrorReason.Name(failure.reason) if failure.reason in error_pb2.ErrorReason.values() else ""
     name = "" if failure.reason == error_pb2.ERROR_REASON_UNSPECIFIED else reason.removeprefix("ERROR_REASON_")

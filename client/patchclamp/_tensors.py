@@ -35,6 +35,16 @@ DTYPES: dict[str, pb.Dtype] = {
 }
 
 
+# The most that a tensor inside a request may take.
+INLINE_BYTES = 1 << 20
+
+
+def dtype_name(value: pb.Dtype) -> str:
+    """`float32` for `DTYPE_FLOAT32`; empty for what this SDK does not know."""
+    known = value != pb.DTYPE_UNSPECIFIED and value in pb.Dtype.values()
+    return pb.Dtype.Name(value).removeprefix("DTYPE_").lower() if known else ""
+
+
 def encode(array: NDArray[np.float32]) -> pb.Tensor:
     """An array as it travels inside a request."""
     return pb.Tensor(

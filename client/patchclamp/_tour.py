@@ -19,6 +19,8 @@ from patchclamp._terminal import Terminal
 
 PROMPT = "Fact: the capital of the state containing Dallas is"
 SUBJECT = "Dallas"
+# A city of another state, and what the model should say of it.
+OTHER_SUBJECT, OTHER_ANSWER = "Oakland", " Sacramento"
 
 CODE_DESCRIBE = """\
 import numpy as np, patchclamp as pc
@@ -47,6 +49,20 @@ lens = pc.read("blocks.*.resid_post", positions=pc.LAST,
 run = client.run(prompt, read=lens)
 run["blocks.0.resid_post"]          # log-probabilities, best first
 run["blocks.0.resid_post"].indices  # their token ids"""
+CODE_STEER = f"""\
+steer = pc.add("blocks.{{layer}}.resid_post", pc.unembed("{OTHER_ANSWER}"),
+               unit="norm_fraction", positions=pc.LAST)
+run = client.run(prompt, interventions=steer, baseline=True)
+run.baseline.top[0], run.top[0]
+run.receipts[0]"""
+CODE_PATCH = f"""\
+other = prompt.replace("{SUBJECT}", "{OTHER_SUBJECT}")
+runs = client.run_many([pc.RunSpec(other)] + [
+    pc.RunSpec(prompt, interventions=pc.patch(
+        f"blocks.{{layer}}.resid_pre", source=0,
+        positions=pc.at("{SUBJECT}"), source_positions=pc.at("{OTHER_SUBJECT}")))
+    for layer in range(info.dims.n_layers)])
+[run.top[0] for run in runs]"""
 CODE_ERROR = """\
 client.run(prompt, read="{site}")"""
 CODE_NEXT = f"""\
@@ -122,6 +138,8 @@ class _Tour:
             self.attention()
         self.lens(info, answer)
         if not short:
+            self.steer(info)
+            self.patch(info)
             self.mistake(info)
         self.what_now(info)
 
@@ -202,6 +220,45 @@ class _Tour:
             "few numbers travel."
         )
 
+    def steer(self, info: pc.ModelInfo) -> None:
+        layer = info.dims.n_layers // 2
+        self._step("Changing it: steering", CODE_STEER.format(layer=layer))
+        direction = pc.unembed(OTHER_ANSWER)
+        edit = pc.add(f"blocks.{layer}.resid_post", direction, unit="norm_fraction", positions=pc.LAST)
+        run = self.client.run(PROMPT, interventions=edit, baseline=True)
+        assert run.baseline is not None
+        rows = [["without the edit", *_top(run.baseline.top[0])], ["with it", *_top(run.top[0])]]
+        self.terminal.table(rows, ["", "it says", "with"], right=[2])
+        self.terminal.say()
+        (receipt,) = run.receipts
+        self.terminal.paragraph(
+            f"The edit adds to one token's row the direction that raises {_word(OTHER_ANSWER)}, as long as the row "
+            f"itself. Both runs shared one batch. Every edit gives a receipt: {receipt.rows_selected} row selected, "
+            f"{receipt.rows_changed} changed, by {receipt.mean_delta:.1%} of its norm. An edit that would touch "
+            "nothing is an error, never silence."
+        )
+
+    def patch(self, info: pc.ModelInfo) -> None:
+        self._step("Changing it: patching from another run", CODE_PATCH)
+        layers = range(info.dims.n_layers)
+        here, there = pc.at(SUBJECT), pc.at(OTHER_SUBJECT)
+        patches = [
+            pc.patch(f"blocks.{layer}.resid_pre", source=0, positions=here, source_positions=there) for layer in layers
+        ]
+        specs = [pc.RunSpec(PROMPT.replace(SUBJECT, OTHER_SUBJECT))]
+        source, *patched = self.client.run_many(specs + [pc.RunSpec(PROMPT, interventions=one) for one in patches])
+        rows = [
+            [f"before block {layer}", *_top(run.top[0]), f"{run.receipts[0].rows_changed}"]
+            for layer, run in zip(layers, patched, strict=True)
+        ]
+        self.terminal.table(rows, [f"{SUBJECT}'s row patched", "it says", "with", "rows changed"], right=[2, 3])
+        self.terminal.say()
+        moved = [layer for layer in layers if patched[layer].top[0].id == source.top[0].id]
+        self.terminal.paragraph(
+            f"Each run has {OTHER_SUBJECT}'s row in place of {SUBJECT}'s, taken from the first run of the same call. "
+            + _until(moved, source.top[0].text)
+        )
+
     def mistake(self, info: pc.ModelInfo) -> None:
         site = info.absent_sites[0].name if info.absent_sites else "blocks.99.resid_post"
         self._step("A mistake, on purpose", CODE_ERROR.format(site=site))
@@ -218,9 +275,6 @@ class _Tour:
         self.terminal.say(textwrap.indent(CODE_NEXT, "  "))
         self.terminal.say("\nor without Python:\n")
         self.terminal.say(f'  patchclamp run "{PROMPT}"\n  patchclamp describe')
-        if not info.capabilities.get("interventions"):
-            self.terminal.say()
-            self.terminal.paragraph("This version reads; it does not edit activations yet.")
 
     def _bar(self, text: str, fraction: float) -> None:
         bar = self.terminal.green(self.terminal.bar(fraction, 40))
@@ -247,6 +301,19 @@ def _when(favourites: list[str], answer: str) -> str:
         return ""
     before = f"; just before, {_word(favourites[layer - 1])} does" if layer else ""
     return f"From layer {layer} on, {_word(answer)} leads{before}."
+
+
+def _until(moved: list[int], answer: str) -> str:
+    """Up to which layer a patch at the subject brings the other answer."""
+    if not moved:
+        return "None of them brings the other answer."
+    return (
+        f"Up to block {max(moved)} this brings {_word(answer)}: behind it nothing reads the state at the city any more."
+    )
+
+
+def _top(top: pc.TopToken) -> list[str]:
+    return [repr(top.text), f"{top.probability:.1%}"]
 
 
 def _word(text: str) -> str:

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, ClassVar
 import grpc
 
 if TYPE_CHECKING:
+    from patchclamp._generation import Generation
     from patchclamp._results import Run
 
 
@@ -62,8 +63,9 @@ class Error(Exception):
 
     default_code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
 
-    #: Set by `run_many` on the error that it raises: what every run gave, failed ones as their errors.
-    results: Sequence[Run | Error] = ()
+    #: Set on the error that `run_many`, or a verb with a list of prompts, raises: what each gave, failed ones as their
+    #: errors.
+    results: Sequence[Run | Generation | Error] = ()
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """A small server that answers with real messages, for tests of the SDK alone.
 
-It tokenizes on spaces, and answers runs with what the test gives it: a script of messages, a failure, or a function of
-the request.
+It tokenizes on spaces, and answers runs and generations with what the test gives it: a script of messages, a failure,
+or a function of the request. Left alone, it generates the words of a story.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchclamp.v1 import (
+    failure_pb2,
+    generation_pb2,
+    handle_pb2,
     hook_point_pb2,
+    intervention_pb2,
+    logits_pb2,
     model_pb2,
     model_pb2_grpc,
     prompt_pb2,
@@ -32,6 +37,9 @@ from patchclamp.v1 import (
 
 VOCABULARY = ["<bos>", "<unk>", "Fact", ":", " the", " capital", " of", " Texas", " is", " Austin", " Dallas", "Austin"]
 Responses = Iterable[run_pb2.RunResponse]
+Tokens = Iterable[generation_pb2.GenerateResponse]
+# What it generates: the ids of these words, over and over.
+STORY = [5, 6, 7, 8, 9, 3]
 
 
 @dataclass
@@ -49,6 +57,7 @@ class StandIn:
 
     target: str = ""
     on_run: Callable[[run_pb2.RunRequest], Responses] | None = None
+    on_generate: Callable[[generation_pb2.GenerateRequest], Tokens] | None = None
     fail: list[Failure] = field(default_factory=list)
     seconds_to_tokenize: float = 0.0
     hold: threading.Event | None = None
@@ -97,6 +106,14 @@ class _Runs(run_pb2_grpc.RunServiceServicer):
     def Run(self, request: Any, context: Any) -> Iterator[run_pb2.RunResponse]:
         self._state.note(request, context)
         yield from (self._state.on_run or echo)(request)
+
+    def Generate(self, request: Any, context: Any) -> Iterator[generation_pb2.GenerateResponse]:
+        self._state.note(request, context)
+        try:
+            yield from (self._state.on_generate or story)(request)
+        except Failure as failure:
+            context.set_trailing_metadata(failure.trailers)
+            context.abort(failure.code, failure.message)
 
 
 def start(state: StandIn, *addresses: str) -> grpc.Server:
@@ -159,17 +176,138 @@ def result(index: int, run: run_pb2.RunSpec) -> run_pb2.RunResult:
                 position_range=position_range(read, len(tokens)),
             )
     if run.HasField("logits"):
-        answer.logits.positions.append(len(tokens) - 1)
-        if run.logits.values:
-            answer.logits.values.CopyFrom(inline(np.zeros((1, len(VOCABULARY)), np.float32)))
-        for text, logprob in [(" Austin", -0.03), (" Dallas", -4.0), (" Texas", -5.0)][: run.logits.top_k]:
-            answer.logits.top.add(id=VOCABULARY.index(text), text=text, logprob=logprob, logit=8.0)
-        if run.logits.logprob_tokens:
-            values = np.full((1, len(run.logits.logprob_tokens)), -1.5, np.float32)
-            answer.logits.logprobs.CopyFrom(inline(values))
+        answer.logits.CopyFrom(logits(run.logits, len(tokens) - 1, [" Austin", " Dallas", " Texas"]))
+        if run.baseline:
+            answer.baseline_logits.CopyFrom(logits(run.logits, len(tokens) - 1, [" Dallas", " Texas", " Austin"]))
+    for number in range(len(run.interventions)):
+        answer.receipts.append(receipt(number, len(tokens)))
+    for number, keep in enumerate(run.keep):
+        for layer in [keep.read.hook_point.layer] if keep.read.hook_point.HasField("layer") else [0, 1]:
+            answer.handles.append(handle(number, keep.read.hook_point.site, layer, len(tokens)))
     if run.loss:
         answer.loss.CopyFrom(inline(np.ones(len(tokens) - 1, np.float32)))
     return answer
+
+
+def story(request: generation_pb2.GenerateRequest) -> Tokens:
+    """Generates words, one of each sample in turn, and goes on behind what was received."""
+    yield started(request)
+    received = {sample.sample_index: len(sample.token_ids) for sample in request.resume.received}
+    for index in range(request.stop.max_new_tokens):
+        for sample in range(request.sampling.samples):
+            if index >= received.get(sample, 0):
+                yield generation_pb2.GenerateResponse(token=word(request, sample, index, received.get(sample, 0)))
+    yield from ends(request)
+
+
+def started(request: generation_pb2.GenerateRequest) -> generation_pb2.GenerateResponse:
+    seed = request.sampling.seed if request.sampling.HasField("seed") else request.resume.seed or 99
+    prompt = tokenized(request.prompt).tokens
+    return generation_pb2.GenerateResponse(start=generation_pb2.GenerationStart(prompt=prompt, seed=seed))
+
+
+def word(
+    request: generation_pb2.GenerateRequest, sample: int, index: int, first: int = 0
+) -> generation_pb2.GeneratedToken:
+    """A word of the story; sample j is j words ahead. Reads have their position in each entry, for all positions that
+    no token before this one has brought; `first` is the first token of the stream."""
+    token_id = STORY[(index + sample) % len(STORY)]
+    text = VOCABULARY[token_id]
+    prompt = len(tokenized(request.prompt).tokens)
+    stop = prompt + index
+    start = 0 if index == 0 else stop - 1
+    message = generation_pb2.GeneratedToken(
+        sample_index=sample,
+        token_index=index,
+        token=prompt_pb2.Token(id=token_id, text=text, start=9 * index, end=9 * index + len(text)),
+        text=text,
+        logprob=-0.5 * (index + 1),
+    )
+    for k in range(request.top_logprobs):
+        message.top.add(id=k, text=VOCABULARY[k], logprob=-1.0 - k)
+    for number, read in enumerate(request.reads):
+        values = np.repeat(np.arange(start, stop, dtype=np.float32)[:, None], 4, axis=1)
+        message.reads.add(
+            read_index=number,
+            hook_point=read.hook_point,
+            name=name_of(read.hook_point),
+            values=inline(values),
+            position_range=hook_point_pb2.PositionRange(start=start, stop=stop),
+        )
+    return message
+
+
+def name_of(hook_point: hook_point_pb2.HookPoint) -> str:
+    site = hook_point_pb2.Site.Name(hook_point.site).removeprefix("SITE_").lower().replace("attn_", "attn.")
+    return f"blocks.{hook_point.layer}.{site}" if hook_point.HasField("layer") else site
+
+
+def ends(request: generation_pb2.GenerateRequest) -> Tokens:
+    """The ends of all samples, and the summary."""
+    prompt = len(tokenized(request.prompt).tokens)
+    for sample in range(request.sampling.samples):
+        yield generation_pb2.GenerateResponse(sample_end=sample_end(request, sample))
+    yield generation_pb2.GenerateResponse(
+        summary=generation_pb2.GenerationSummary(
+            prompt_tokens=prompt,
+            generated_tokens=request.stop.max_new_tokens * request.sampling.samples,
+            first_token_seconds=0.02,
+            engine_seconds=0.1,
+            fingerprint="f0",
+        )
+    )
+
+
+def sample_end(request: generation_pb2.GenerateRequest, sample: int = 0) -> generation_pb2.SampleEnd:
+    rows = len(tokenized(request.prompt).tokens) + request.stop.max_new_tokens - 1
+    receipts = [receipt(number, rows) for number in range(len(request.interventions))]
+    return generation_pb2.SampleEnd(
+        sample_index=sample, finish_reason=generation_pb2.FINISH_REASON_LENGTH, receipts=receipts
+    )
+
+
+def logits(asked: logits_pb2.LogitsRequest, position: int, likely: list[str]) -> logits_pb2.LogitsResult:
+    """The last row's logits: zeros, the tokens asked for at -1.5, and the likely ones most probable."""
+    answer = logits_pb2.LogitsResult(positions=[position])
+    if asked.values:
+        answer.values.CopyFrom(inline(np.zeros((1, len(VOCABULARY)), np.float32)))
+    for text, logprob in list(zip(likely, [-0.03, -4.0, -5.0], strict=True))[: asked.top_k]:
+        answer.top.add(id=VOCABULARY.index(text), text=text, logprob=logprob, logit=8.0)
+    if asked.logprob_tokens:
+        answer.logprobs.CopyFrom(inline(np.full((1, len(asked.logprob_tokens)), -1.5, np.float32)))
+    return answer
+
+
+def receipt(number: int, rows: int, **changes: Any) -> intervention_pb2.Receipt:
+    """A receipt of an intervention that fired on every row and changed all but the first."""
+    told: dict[str, Any] = {
+        "intervention_index": number,
+        "rows_selected": rows,
+        "rows_fired": rows,
+        "rows_changed": rows - 1,
+        "mean_delta": 0.25,
+        "max_delta": 0.5,
+        "clipped": 1,
+    }
+    return intervention_pb2.Receipt(**told | changes)
+
+
+def handle(number: int, site: hook_point_pb2.Site, layer: int, rows: int) -> handle_pb2.Handle:
+    """What the server keeps of one layer, for an hour."""
+    kept = handle_pb2.Handle(
+        name=f"replicas/r0/handles/k{number}l{layer}",
+        model="stand-in",
+        model_revision="abc123",
+        hook_point=hook_point_pb2.HookPoint(site=site, layer=layer),
+        dtype=tensor_pb2.DTYPE_BFLOAT16,
+        shape=[rows, 4],
+        size_bytes=rows * 8,
+        owner="me",
+        keep_index=number,
+    )
+    kept.create_time.FromSeconds(1_700_000_000)
+    kept.expire_time.FromSeconds(1_700_003_600)
+    return kept
 
 
 def position_range(read: read_pb2.Read, length: int) -> hook_point_pb2.PositionRange | None:
@@ -249,5 +387,5 @@ def describe_response() -> model_pb2.DescribeResponse:
 
 def failing_run(index: int, code: int, message: str, reason: int, metadata: dict[str, str]) -> run_pb2.RunResponse:
     """A run that fails alone."""
-    failure = run_pb2.RunFailure(code=code, message=message, reason=reason, metadata=metadata)  # type: ignore[arg-type]
+    failure = failure_pb2.RunFailure(code=code, message=message, reason=reason, metadata=metadata)  # type: ignore[arg-type]
     return run_pb2.RunResponse(result=run_pb2.RunResult(run_index=index, failure=failure))

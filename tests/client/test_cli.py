@@ -14,7 +14,7 @@ from patchclamp._cli import main
 from patchclamp._reports import arrays, numbers, show_run, show_tokens
 from patchclamp._results import Activations
 from patchclamp._terminal import Terminal
-from patchclamp.v1 import run_pb2
+from patchclamp.v1 import hook_point_pb2, run_pb2
 
 PROMPT = "Fact: the capital of Texas is"
 
@@ -73,6 +73,127 @@ def test_run_as_json(server: StandIn, capsys: pytest.CaptureFixture[str]) -> Non
     assert np.array(shown["reads"][0]["values"]).shape == (8, 4)
     assert np.array(shown["logits"]).shape == (1, 12)
     assert list(server.seen(run_pb2.RunRequest)[0].runs[0].reads[0].positions.indices.indices) == [6]
+
+
+EDITS = json.dumps(
+    [
+        {"zero": {"target": {"hookPoint": {"site": "SITE_ATTN_OUT", "layer": 1}}}, "positions": {"span": 4}},
+        {"ablateEverywhere": {"directions": {"direction": "refusal"}}},
+        {"knockout": {"layer": 0, "edges": [{"query": -1, "key": 2}]}},
+        {"feature": {"feature": {"layer": 1, "feature": 3}, "ablate": True}},
+        {"freeze": {"sourceRun": 0, "attention": True}},
+    ]
+)
+
+
+def test_interventions_come_from_a_file_or_standard_input(
+    server: StandIn, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "edits.json"
+    file.write_text(EDITS, encoding="utf-8")
+    assert main(["run", PROMPT, "--target", server.target, "--interventions", str(file), "--baseline"]) == 0
+    shown = capsys.readouterr().out
+    assert "next token after" in shown and "next token without interventions after" in shown
+    lines = shown.splitlines()
+    start = lines.index("receipts rows, and norm(change) / norm(row)")
+    assert lines[start + 1].split() == ["selected", "fired", "changed", "mean", "max", "clipped", "intervention"]
+    assert lines[start + 2].split() == ["8", "8", "7", "0.25", "0.5", "1", "zero", "blocks.1.attn.out"]
+    for what in ("every write", "blocks.0.attn.scores", "blocks.1.features[3]", "freeze run 0"):
+        assert what in shown
+    assert max(map(len, lines)) <= 80
+    monkeypatch.setattr("sys.stdin", io.StringIO(EDITS))
+    assert main(["run", PROMPT, "--target", server.target, "--interventions", "-"]) == 0
+    first, second = (request.runs[0] for request in server.seen(run_pb2.RunRequest))
+    assert first.baseline and not second.baseline
+    assert list(first.interventions) == list(second.interventions)
+    assert first.interventions[0].positions.span == hook_point_pb2.POSITION_SPAN_LAST
+
+
+def test_receipts_baseline_and_handles_as_json(
+    server: StandIn, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "edits.json"
+    file.write_text(EDITS, encoding="utf-8")
+    arguments = ["--interventions", str(file), "--baseline", "--keep", "blocks.1.resid_post", "--logprob", "3"]
+    saved = tmp_path / "run.npz"
+    assert main(["run", PROMPT, "--target", server.target, *arguments, "--json", "--save", str(saved)]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["receipts"][0] == {
+        "index": 0,
+        "kind": "zero",
+        "where": "blocks.1.attn.out",
+        "rows_selected": 8,
+        "rows_fired": 8,
+        "rows_changed": 7,
+        "mean_delta": 0.25,
+        "max_delta": 0.5,
+        "clipped": 1,
+        "no_effect": False,
+        "profile": "",
+    }
+    assert [found["kind"] for found in shown["receipts"]][1:] == ["ablate_everywhere", "knockout", "feature", "freeze"]
+    assert shown["top"][0]["tokens"][0]["text"] == " Austin"
+    assert shown["baseline"]["top"][0]["tokens"][0]["text"] == " Dallas"
+    assert shown["baseline"]["logprobs"] == {"tokens": [3], "values": [[-1.5]]}
+    (handle,) = shown["handles"]
+    assert (handle["name"], handle["shape"]) == ("replicas/r0/handles/k0l1", [8, 4])
+    assert handle["expire_time"] == "2023-11-14T23:13:20+00:00"
+    with np.load(saved) as arrays_saved:
+        assert arrays_saved["baseline.logprobs"].tolist() == [[-1.5]]
+
+
+def test_handles_are_named(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", PROMPT, "--target", server.target, "--keep", "resid_post"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    start = shown.index("kept on the server")
+    assert shown[start + 1 : start + 3] == ["  blocks.0.resid_post  bfloat16 [8, 4]", "    replicas/r0/handles/k0l0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[\n  {,}\n]", ["interventions: line 2, column 4"]),
+        ("{}", ["interventions: a list is needed"]),
+        ("[" * 100_000, ["interventions: "]),
+        ("[3]", ["interventions[0]: an object is needed, not 3"]),
+        ("[{}]", ["interventions[0]: says nothing to do; one of add, ablate, ablateEverywhere"]),
+        ('[{"zero": {}}, {"ad": {}}]', ["interventions[1]: ", "'ad'", '"ad"']),
+        ('[{"zero": {"target": {"hookPoint": {"site": "SITE_X"}}}}]', ["interventions[0]: ", "site", "SITE_X"]),
+        ('[{"zero": {}, "mean": {}}]', ["interventions[0]: ", "op"]),
+        ('[{"knockout": {"layer": -1}}]', ["interventions[0]: ", "layer"]),
+        ('[{"add": {"strength": "x"}}, {}]', ["2 faults", "interventions[0]: ", "interventions[1]: says nothing"]),
+    ],
+)
+def test_interventions_that_are_none_say_where(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, words: list[str]
+) -> None:
+    file = tmp_path / "edits.json"
+    file.write_text(text, encoding="utf-8")
+    assert main(["run", PROMPT, "--interventions", str(file)]) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    assert words[0] in shown
+    # protobuf's own words differ between its versions.
+    assert len(words) == 1 or any(word in shown for word in words[1:])
+
+
+def test_interventions_that_cannot_be_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    for file in (tmp_path / "missing", tmp_path / "bytes", tmp_path):
+        assert main(["run", PROMPT, "--interventions", str(file)]) == 1
+        assert capsys.readouterr().err.startswith(f"patchclamp: cannot read {file}: ")
+
+
+def test_receipts_of_profiles_and_without_effect_are_told() -> None:
+    terminal = Terminal(io.StringIO(), width=80, colour=False, blocks=True)
+    told = {"rows_selected": 1, "rows_fired": 1, "rows_changed": 0, "mean_delta": 0.0, "max_delta": 0.0, "clipped": 0}
+    receipts = (
+        pc.Receipt(None, 0, **told, no_effect=False, profile="kind@2"),  # type: ignore[arg-type]
+        pc.Receipt(pc.zero("embed"), 0, **told, no_effect=True),  # type: ignore[arg-type]
+    )
+    show_run(a_run(receipts=receipts), [], terminal)
+    shown = terminal.stream.getvalue()  # type: ignore[attr-defined]
+    assert " kind@2\n" in shown and " zero embed (no effect)\n" in shown
 
 
 def test_json_has_no_numbers_that_are_none() -> None:
@@ -200,6 +321,7 @@ def test_failures_are_a_line_and_a_one(capsys: pytest.CaptureFixture[str], argum
         ["run", "x", "--k", "0"],
         ["run", "x", "--onto", "3"],
         ["run", "x", "--dtype", "float32"],
+        ["run", "-", "--interventions", "-"],
         ["describe", "x"],
     ],
 )
@@ -216,7 +338,7 @@ def test_options_of_reads_alone_are_named(capsys: pytest.CaptureFixture[str]) ->
     assert "--reduce, --k: only with --read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["describe"], ["tokenize"], ["run"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["describe"], ["tokenize"], ["run"], ["generate"], ["demo"]])
 def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])

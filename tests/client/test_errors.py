@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import patchclamp as pc
 from client.stand_in import Failure, StandIn, failing_run, result, summary
 from patchclamp._status import error_of, error_of_run, parse_details
-from patchclamp.v1 import error_pb2, run_pb2
+from patchclamp.v1 import error_pb2, failure_pb2, run_pb2
 
 
 def packed(*details: Message) -> bytes:
@@ -174,7 +174,7 @@ def test_agrees_with_protobuf(reason: str, metadata: dict[str, str]) -> None:
 
 
 def test_a_failed_run() -> None:
-    failure = run_pb2.RunFailure(
+    failure = failure_pb2.RunFailure(
         code=8, reason=error_pb2.ERROR_REASON_REQUEST_TOO_LARGE, message="too big", metadata={"limit": "3"}
     )
     found = error_of_run(failure)
@@ -184,7 +184,7 @@ def test_a_failed_run() -> None:
 
 @pytest.mark.parametrize(("code", "reason"), [(0, 0), (99, 99), (-1, 4), (13, 0)])
 def test_a_failed_run_of_a_newer_server(code: int, reason: int) -> None:
-    failure = run_pb2.RunFailure(code=code, reason=reason)  # type: ignore[arg-type]
+    failure = failure_pb2.RunFailure(code=code, reason=reason)  # type: ignore[arg-type]
     assert isinstance(error_of_run(failure), pc.Error)
 
 

@@ -10,11 +10,13 @@ import patchclamp as pc
 ROOT = Path(__file__).resolve().parents[2]
 
 EXPORTED = """
-ALL GENERATED LAST PROMPT Aborted AbsentSite Activation Activations AlreadyExists AsyncClient Axis Cancelled Capability
-Client DeadlineExceeded Dims Error FailedPrecondition FieldViolation Internal InterventionNeverFired InvalidArgument
-Limits ModelInfo NotFound Overloaded PermissionDenied QuotaExceeded QuotaViolation Read Run RunSpec RunSummary SiteInfo
-Sites Token Tokens TooLarge TopToken TranscoderSet Unauthenticated Unavailable Unimplemented __version__ aio at connect
-read unembed
+ALL GENERATED LAST PROMPT Aborted AbsentSite Activation Activations AlreadyExists AsyncClient AsyncGenerationStream
+Axis Baseline Cancelled Capability Client Condition DeadlineExceeded Dims Error FailedPrecondition FieldViolation
+GeneratedToken Generation GenerationStream GenerationSummary Handle Handles Internal Intervention
+InterventionNeverFired InvalidArgument Limits ModelInfo NotFound Overloaded PermissionDenied QuotaExceeded
+QuotaViolation Read Receipt Run RunSpec RunSummary Sample SiteInfo Sites Token Tokens TooLarge TopToken TranscoderSet
+Unauthenticated Unavailable Unimplemented __version__ ablate ablate_everywhere add aio at clamp connect decoder
+encoder feature freeze knockout mean patch read resample scale set_coordinate unembed when zero
 """
 
 

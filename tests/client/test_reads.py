@@ -71,6 +71,15 @@ def test_projections_onto_unembeddings() -> None:
     np.testing.assert_array_equal(third, [0, 1, 2])
 
 
+def test_projections_onto_vectors_that_the_server_has() -> None:
+    handle = pc.Handle("replicas/r0/handles/abc", "embed", (4,), "float32", 16)
+    onto: list[Any] = ["refusal", pc.decoder(1, 2), handle, np.ones((2, 4))]
+    sent = message(pc.read("resid_post", reduce="project", onto=onto)).reduction.project.onto
+    assert [source.WhichOneof("source") for source in sent] == ["direction", "decoder", "handle", "tensor"]
+    (alone,) = message(pc.read("resid_post", reduce="project", onto="refusal")).reduction.project.onto
+    assert alone.direction == "refusal"
+
+
 def test_vectors_are_copied_when_given() -> None:
     direction = np.ones(3)
     item = pc.read("resid_post", reduce="project", onto=direction)
@@ -105,7 +114,7 @@ def test_refuses_at_once(options: Any, words: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"heads": "0"}, {"heads": [0.5]}, {"heads": [True]}, {"reduce": "project", "onto": "Austin"}, {"positions": 1.5}],
+    [{"heads": "0"}, {"heads": [0.5]}, {"heads": [True]}, {"reduce": "project", "onto": [None]}, {"positions": 1.5}],
 )
 def test_refuses_types(options: Any) -> None:
     with pytest.raises(TypeError):
