@@ -9,10 +9,15 @@ import sys
 
 import torch
 
-from benchmarks import latency, reading, transfer
+from benchmarks import decoding, latency, reading, transfer
 from benchmarks.measure import table
 
-BENCHMARKS = {"reading": (reading.run, 7), "latency": (latency.run, 25), "transfer": (transfer.run, 15)}
+BENCHMARKS = {
+    "reading": (reading.run, 7),
+    "decoding": (decoding.run, 5),
+    "latency": (latency.run, 25),
+    "transfer": (transfer.run, 15),
+}
 
 
 def main() -> None:
