@@ -92,6 +92,7 @@ class StubWorker:
         self.jobs: dict[int, Job] = {}
         self.generations: dict[int, GenerationJob] = {}
         self.cancelled: list[int] = []
+        self.paused: list[tuple[int, bool]] = []
         self.seen = threading.Event()
         self.stopped = False
         self.scale = 1
@@ -126,6 +127,9 @@ class StubWorker:
         self.generations[job.job_id] = job
         self._emits[job.job_id] = emit
         self.seen.set()
+
+    def pause(self, job_id: int, *, paused: bool) -> None:
+        self.paused.append((job_id, paused))
 
     def tell(self, job_id: int, *events: GenerationEvent) -> None:
         """What comes of a generation."""

@@ -25,10 +25,11 @@ from patchclamp_server.engine.messages import (
 from patchclamp_server.errors import DeadlineExceeded, Error, FailedPrecondition, Overloaded
 from patchclamp_server.hookpoints import HookPoint, Site
 from patchclamp_server.interventions.receipts import Receipt
+from patchclamp_server.service import jobs
 from patchclamp_server.service.generated_text import GeneratedText
 from patchclamp_server.service.jobs import RunningJob, SampleEvent
 from service.build import generation, read, run
-from service.calls import Caller, failed, failure_of
+from service.calls import Caller, failure_of
 from service.conftest import Connect
 from service.stub import StubWorker, make_tokenizer
 from service.test_calls import eventually
@@ -51,10 +52,12 @@ async def started(caller: Caller) -> None:
     assert await asyncio.to_thread(caller.worker.seen.wait, 2)
 
 
-async def drained(call: Any) -> None:
+async def drained(call: Any) -> Responses:
     """Reads a stream to its end."""
-    while await call.read() is not grpc.aio.EOF:
-        pass
+    found = []
+    while (response := await call.read()) is not grpc.aio.EOF:
+        found.append(response)
+    return found
 
 
 async def told(caller: Caller, request: generation_pb2.GenerateRequest, *events: Any) -> Responses:
@@ -183,7 +186,7 @@ async def test_a_deadline_cancels_the_job(caller: Caller) -> None:
     await eventually(lambda: caller.worker.cancelled == [1])
 
 
-async def test_a_caller_that_reads_too_slowly_is_told_so_and_costs_no_more(caller: Caller) -> None:
+async def test_a_slow_reader_is_paused_and_gets_everything_in_the_end(caller: Caller) -> None:
     def large(index: int) -> TokenGenerated:
         values = torch.zeros(1, 50_000)
         return token(index, reads=(ReadOutput(0, HookPoint(Site.EMBED), values, None, (5 + index,)),))
@@ -192,34 +195,45 @@ async def test_a_caller_that_reads_too_slowly_is_told_so_and_costs_no_more(calle
     await started(caller)
     # More than the connection takes in while nobody reads.
     for index in range(700):
-        if caller.worker.waiting:
-            caller.worker.tell(1, large(index))
+        caller.worker.tell(1, large(index))
         if index % 20 == 0:
             await asyncio.sleep(0)
-    await eventually(lambda: caller.worker.cancelled == [1])
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await drained(call)
-    failure = failed(caught.value)
-    assert failure.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert (failure.info.reason, failure.retry_seconds) == ("OVERLOADED", 1.0)
-    assert "more than 256 messages behind" in failure.message
-    caller.worker.seen.clear()
-    after = asyncio.create_task(caller.generate(generation(1)))
-    await started(caller)
-    caller.worker.tell(2, token(0, "a"), ended(), DONE)
-    assert kinds(await after) == ["start", "token", "sample_end", "summary"]
+    await eventually(lambda: caller.worker.paused == [(1, True)])
+    caller.worker.tell(1, ended(), DONE)
+    found = kinds(await drained(call))
+    assert found.count("token") == 700
+    assert found[-2:] == ["sample_end", "summary"]
+    assert caller.worker.paused == [(1, True), (1, False)]
+    assert not caller.worker.cancelled
 
 
-async def test_what_waits_beyond_the_backlog_is_dropped_at_once() -> None:
-    job, cancelled = RunningJob[SampleEvent](most=3), []
-    job.on_excess = lambda: cancelled.append(True)
-    for index in range(4):
+async def test_a_caller_that_takes_nothing_for_long_loses_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "STALLED_SECONDS", 0.05)
+    job = RunningJob[SampleEvent](most=3)
+    held: list[bool] = []
+    given_up: list[bool] = []
+    job.hold, job.give_up = held.append, lambda: given_up.append(True)
+    for index in range(5):
         job.put(token(index))
-    job.put(token(4))
+    assert held == [True]
+    await eventually(lambda: bool(given_up))
     job.put(DONE)
-    with pytest.raises(Overloaded):
+    with pytest.raises(Overloaded, match="3 messages behind"):
         await anext(job)
-    assert (cancelled, job.ended) == ([True], True)
+    assert job.ended
+
+
+async def test_a_held_job_goes_on_when_half_is_taken() -> None:
+    job = RunningJob[SampleEvent](most=4)
+    held: list[bool] = []
+    job.hold = held.append
+    for index in range(5):
+        job.put(token(index))
+    taken = [await anext(job) for _ in range(2)]
+    assert held == [True]
+    taken.append(await anext(job))
+    assert held == [True, False]
+    assert [event.index for event in taken if isinstance(event, TokenGenerated)] == [0, 1, 2]
 
 
 async def test_a_backlog_that_is_read_in_time_is_kept_in_order() -> None:

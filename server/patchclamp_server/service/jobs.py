@@ -29,6 +29,8 @@ from patchclamp_server.engine.messages import (
 from patchclamp_server.errors import Error, Overloaded
 
 RETRY_AFTER = 1.0
+# How long a caller of a generation may take nothing, while a place in the cache is kept for it.
+STALLED_SECONDS = 60.0
 
 RunEvent = RunFinished | RunFailed
 SampleEvent = TokenGenerated | SampleEnded | SampleFailed
@@ -51,6 +53,9 @@ class Worker(Protocol):
 
     def generate(self, job: GenerationJob, emit: Callable[[GenerationEvent], None]) -> None:
         """Emits tokens and the end of each sample, then JobDone; or JobFailed at any time."""
+
+    def pause(self, job_id: int, *, paused: bool) -> None:
+        """Withholds tokens from a generation, or goes on with it."""
 
     def cancel(self, job_id: int) -> None:
         """Ends a job with JobFailed; nothing happens when it has ended already."""
@@ -88,11 +93,12 @@ class Jobs:
     def generating(
         self, spec: GenerationSpec, *, seconds: float | None, solo: bool, result_bytes: int, backlog: int
     ) -> Iterator[RunningJob[SampleEvent]]:
-        """A generation, like `submitted`. One whose caller is more than `backlog` events behind ends as Overloaded:
-        the engine does not wait for anybody, and what nobody takes has to be held."""
+        """A generation, like `submitted`. One whose caller is `backlog` events behind gets no more tokens until half of
+        them are taken; it keeps its place in the cache, so a caller that takes none for long ends as Overloaded."""
         deadline, running = _deadline(seconds), RunningJob[SampleEvent](most=backlog)
         with self._admitted(running, result_bytes) as job_id:
-            running.on_excess = lambda: self._worker.cancel(job_id)
+            running.hold = lambda held: self._worker.pause(job_id, paused=held)
+            running.give_up = lambda: self._worker.cancel(job_id)
             self._worker.generate(GenerationJob(job_id, spec, deadline, solo), self._emit_to(running))
             yield running
 
@@ -139,7 +145,11 @@ class Jobs:
 
 
 class RunningJob(Generic[E]):
-    """The events of one job, one by one; `done` holds its last. At most `most` wait to be taken, None: any number."""
+    """The events of one job, one by one; `done` holds its last.
+
+    `hold` is told when `most` events wait to be taken (None: it never is), and again when half of them are. What was
+    under way then still comes. `give_up` is called when then none is taken for long.
+    """
 
     def __init__(self, most: int | None) -> None:
         self._most = most
@@ -147,7 +157,9 @@ class RunningJob(Generic[E]):
         self._news = asyncio.Event()
         self._done: JobDone | None = None
         self._closed = False
-        self.on_excess: Callable[[], None] = lambda: None
+        self._patience: asyncio.TimerHandle | None = None
+        self.hold: Callable[[bool], None] = lambda held: None
+        self.give_up: Callable[[], None] = lambda: None
         self.ended = False
 
     @property
@@ -156,19 +168,36 @@ class RunningJob(Generic[E]):
         return self._done
 
     def put(self, event: E | JobDone | JobFailed) -> None:
-        """Takes the next event. With too many that nobody has taken, the job ends and these are dropped."""
+        """Takes the next event."""
         if self._closed:
             return
-        if isinstance(event, JobDone | JobFailed):
-            self._closed = True
-        elif self._most is not None and len(self._events) >= self._most:
-            self._closed = True
-            self._events.clear()
-            text = f"the caller is more than {self._most} messages behind: read them as they come, or ask for less"
-            event = JobFailed(0, Overloaded(text, retry_after=RETRY_AFTER))
-            self.on_excess()
+        self._closed = isinstance(event, JobDone | JobFailed)
         self._events.append(event)
         self._news.set()
+        if self._most is not None and len(self._events) >= self._most and self._patience is None and not self._closed:
+            self.hold(True)
+            self._patience = asyncio.get_running_loop().call_later(STALLED_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        """Ends the job of a caller that takes nothing, and drops what waits for it."""
+        self._events.clear()
+        # The call itself may be stuck in sending to that caller.
+        self.give_up()
+        text = (
+            f"the caller is {self._most} messages behind and took none for {STALLED_SECONDS:.0f} s: read as they come"
+        )
+        self.put(JobFailed(0, Overloaded(text, retry_after=RETRY_AFTER)))
+
+    def _taken(self) -> None:
+        """Goes on with a job that was held, or is more patient with it: an event was taken."""
+        if self._patience is None or self._most is None:
+            return
+        self._patience.cancel()
+        self._patience = None
+        if len(self._events) <= self._most // 2:
+            self.hold(False)
+        else:
+            self._patience = asyncio.get_running_loop().call_later(STALLED_SECONDS, self._give_up)
 
     def __aiter__(self) -> Self:
         return self
@@ -179,6 +208,7 @@ class RunningJob(Generic[E]):
             self._news.clear()
             await self._news.wait()
         event = self._events.popleft()
+        self._taken()
         match event:
             case JobDone():
                 self._done, self.ended = event, True
