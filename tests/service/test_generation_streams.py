@@ -195,7 +195,7 @@ async def test_a_slow_reader_is_paused_and_gets_everything_in_the_end(caller: Ca
     await started(caller)
     # More than the connection takes in while nobody reads.
     for index in range(700):
-        caller.worker.tell(1, large(index))
+        caller.worker.tell(1, large(index % 20))
         if index % 20 == 0:
             await asyncio.sleep(0)
     await eventually(lambda: caller.worker.paused == [(1, True)])
