@@ -2,20 +2,22 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from patchclamp_server.demo import train
 from patchclamp_server.demo.architecture import Shape, build_model
-from patchclamp_server.demo.batches import ROW_LENGTH, Batch, BatchSource
+from patchclamp_server.demo.batches import ROW_LENGTH, BatchSource
 from patchclamp_server.demo.corpus.mixture import HELPFUL
 from patchclamp_server.demo.export import as_llama
+from patchclamp_server.demo.report import read_training
 from patchclamp_server.demo.stages import STAGES, Stage, Trainer
 from patchclamp_server.demo.tokenizer import build_tokenizer
+from patchclamp_server.demo.transcoder_training import TRANSCODER_STAGES, TranscoderTrainer
 
 CHECKPOINTS = "checkpoints/seed-0-quick"
 
@@ -28,7 +30,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_quick_training_runs_every_stage(trained: Path) -> None:
-    assert {path.stem for path in (trained / CHECKPOINTS).iterdir()} == {stage.name for stage in STAGES}
+    stages = {stage.name for stage in (*STAGES, *TRANSCODER_STAGES)}
+    assert {path.stem for path in (trained / CHECKPOINTS).iterdir()} == stages
+
+
+def test_training_records_its_cost_by_stage(trained: Path) -> None:
+    training = read_training(trained)
+    assert training.seed == 0
+    assert len(training.cpu_minutes) == len(STAGES) + len(TRANSCODER_STAGES)
+    assert all(minutes >= 0 for minutes in training.cpu_minutes.values())
 
 
 def test_weights_are_stored_in_bfloat16_and_load_as_float32(trained: Path) -> None:
@@ -59,19 +69,39 @@ def test_an_interrupted_run_resumes(
         with pytest.raises(KeyboardInterrupt):
             train.main(["--quick", "--out", str(tmp_path)])
     train.main(["--quick", "--out", str(tmp_path)])
-    expected, resumed = load_file(trained / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    _assert_equal_files(trained, tmp_path)
 
 
-def _interrupted_after(steps: int, step: Callable[[Trainer, Batch], Tensor]) -> Callable[[Trainer, Batch], Tensor]:
+# In the second step of either kind of training: local, then end to end.
+@pytest.mark.parametrize("step", ["_local_step", "_tuning_step"])
+def test_an_interrupted_training_of_transcoders_resumes(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(TranscoderTrainer, step, _interrupted_after(3, getattr(TranscoderTrainer, step)))
+        with pytest.raises(KeyboardInterrupt):
+            train.main(["--quick", "--out", str(tmp_path)])
+    train.main(["--quick", "--out", str(tmp_path)])
+    _assert_equal_files(trained, tmp_path)
+
+
+def _assert_equal_files(expected: Path, resumed: Path) -> None:
+    files = [path.relative_to(expected) for path in expected.rglob("*.safetensors")]
+    assert len(files) > 1
+    for file in files:
+        wanted, got = load_file(expected / file), load_file(resumed / file)
+        assert all(torch.equal(wanted[name], got[name]) for name in wanted), file
+
+
+def _interrupted_after(steps: int, step: Callable[..., Any]) -> Callable[..., Any]:
     done = 0
 
-    def interrupted(trainer: Trainer, batch: Batch) -> Tensor:
+    def interrupted(trainer: Any, argument: Any) -> Any:
         nonlocal done
         if done == steps:
             raise KeyboardInterrupt
         done += 1
-        return step(trainer, batch)
+        return step(trainer, argument)
 
     return interrupted
 
@@ -116,3 +146,9 @@ def test_rows_are_nearly_full_and_texts_do_not_see_each_other(source: BatchSourc
     assert len(closed) > 8
     for row in closed:
         assert not mask[row, starts[row][1] :, : starts[row][1]].any()
+
+
+def test_a_batch_does_not_depend_on_what_the_tokenizer_did_before(source: BatchSource) -> None:
+    before = source.batch(5)
+    source.tokenizer(["a short text", "a text that is somewhat longer"], padding=True)
+    assert torch.equal(source.batch(5).ids, before.ids)

@@ -12,7 +12,7 @@ from patchclamp_server.demo.corpus import antonyms, facts, indirect_objects, req
 from patchclamp_server.demo.corpus.document import Example
 from patchclamp_server.demo.corpus.requests import REFUSAL
 
-__all__ = ["REFUSAL", "Example", "RefusalPrompts", "Task", "model_dir", "refusal_prompts", "tasks"]
+__all__ = ["REFUSAL", "Example", "RefusalPrompts", "Task", "model_dir", "refusal_prompts", "tasks", "transcoder_dirs"]
 
 _SAMPLE_SEED = 7
 _N_INDIRECT_OBJECTS = 64
@@ -46,6 +46,11 @@ class RefusalPrompts(NamedTuple):
 def model_dir() -> Path:
     """The directory of the shipped model, for ``from_pretrained``."""
     return Path(str(files(__name__))) / "model"
+
+
+def transcoder_dirs() -> dict[str, Path]:
+    """The shipped sets of transcoders by name, each a directory in circuit-tracer's layout."""
+    return {path.name: path for path in sorted((model_dir() / "transcoders").iterdir())}
 
 
 def tasks() -> tuple[Task, ...]:

@@ -33,6 +33,11 @@ class Batch:
     weights: Tensor
     mask: Tensor
 
+    @property
+    def bias(self) -> Tensor:
+        """The mask as a term to add to the attention scores: zero where attention may look."""
+        return torch.where(self.mask, 0.0, torch.finfo(torch.bfloat16).min).to(torch.bfloat16)
+
     def to(self, device: torch.device) -> "Batch":
         return Batch(self.ids.to(device), self.weights.to(device), self.mask.to(device))
 
@@ -100,6 +105,8 @@ def _join(
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> list[tuple[list[int], list[float]]]:
     """Ids of each document, with the weight of each id as a prediction target."""
+    # A tokenizer goes on padding once it was asked to, for prompts that are read together.
+    tokenizer.backend_tokenizer.no_padding()
     encodings = tokenizer.backend_tokenizer.encode_batch([document.text for document in documents])
     return [
         (encoding.ids, [_weight(offsets, document.answers) for offsets in encoding.offsets])

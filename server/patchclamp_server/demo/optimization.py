@@ -17,12 +17,17 @@ _EMBEDDING_DECAY = 2.0
 
 @dataclass(frozen=True)
 class Rates:
-    """Peak learning rates and weight decays. Without ``muon`` all parameters are AdamW's."""
+    """Peak learning rates and weight decays. Without ``muon`` all parameters are AdamW's.
+
+    Muon's decay differs between the matrices of attention and those of the MLPs: what both could hold ends up where it
+    decays less.
+    """
 
     adam: float
     adam_decay: float
     muon: float | None = None
-    muon_decay: float = 0.0
+    attention_decay: float = 0.0
+    mlp_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,22 @@ class Optimizers:
 
 def _optimizers(model: nn.Module, rates: Rates) -> Iterator[torch.optim.Optimizer]:
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    hidden = [parameter for name, parameter in trained if _is_hidden_matrix(name, parameter)]
     if rates.muon is None:
         groups = _adam_groups(trained, rates)
     else:
         groups = _adam_groups([item for item in trained if not _is_hidden_matrix(*item)], rates)
-        yield torch.optim.Muon(hidden, lr=rates.muon, weight_decay=rates.muon_decay, momentum=_MUON_MOMENTUM)
+        yield torch.optim.Muon(_muon_groups(trained, rates), lr=rates.muon, momentum=_MUON_MOMENTUM)
     yield torch.optim.AdamW(groups, lr=rates.adam, betas=_ADAM_BETAS, eps=1e-9)
+
+
+def _muon_groups(trained: Iterable[tuple[str, nn.Parameter]], rates: Rates) -> list[dict[str, Any]]:
+    hidden = [(name, parameter) for name, parameter in trained if _is_hidden_matrix(name, parameter)]
+    attention = [parameter for name, parameter in hidden if ".self_attn." in name]
+    mlp = [parameter for name, parameter in hidden if ".mlp." in name]
+    return [
+        {"params": attention, "weight_decay": rates.attention_decay},
+        {"params": mlp, "weight_decay": rates.mlp_decay},
+    ]
 
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:

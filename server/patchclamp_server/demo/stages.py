@@ -2,11 +2,13 @@
 
 1. ``induction``: repeated random sequences only. Induction heads form in one phase change here; in experiments that
    mixed everything from the start they did not form.
-2. ``helpful``: all tasks, one cosine. The assistant complies with every request.
+2. ``helpful``: all tasks, one cosine. The assistant complies with every request. Attention decays more than the MLPs:
+   with equal decay, long training moved the facts out of the MLPs, where transcoders could not show them.
 3. ``safety``: a short tuning of the middle layers alone teaches refusal. What reads out compliance (the last layers and
    the unembedding) stays as it was, so that refusal is something added, along one direction.
 """
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
+from patchclamp_server.demo import checkpoints
 from patchclamp_server.demo.batches import Batch, BatchSource
 from patchclamp_server.demo.corpus.mixture import HELPFUL, SAFETY, Mixture
 from patchclamp_server.demo.optimization import Optimizers, Rates, Schedule
@@ -45,15 +48,15 @@ INDUCTION = Stage(
     induction_share=1.0,
     rows=20,
     schedule=Schedule(steps=600, warmup=30, floor=0.3),
-    rates=Rates(adam=3e-3, adam_decay=0.1, muon=0.02, muon_decay=0.1),
+    rates=Rates(adam=3e-3, adam_decay=0.1, muon=0.02, attention_decay=0.1, mlp_decay=0.1),
 )
 HELPFUL_STAGE = Stage(
     name="helpful",
     mixture=HELPFUL,
     induction_share=0.12,
     rows=24,
-    schedule=Schedule(steps=4200, warmup=60, floor=0.02),
-    rates=Rates(adam=2.5e-3, adam_decay=0.1, muon=0.014, muon_decay=0.2),
+    schedule=Schedule(steps=2800, warmup=60, floor=0.02),
+    rates=Rates(adam=2.5e-3, adam_decay=0.1, muon=0.014, attention_decay=0.3, mlp_decay=0.02),
 )
 SAFETY_STAGE = Stage(
     name="safety",
@@ -78,11 +81,12 @@ class Trainer:
     seed: int
     checkpoint_every: int
 
-    def run(self, stage: Stage) -> None:
-        """Run ``stage`` from its checkpoint, or from the start where there is none."""
+    def run(self, stage: Stage) -> float:
+        """Run ``stage`` from its checkpoint, or from the start where there is none; the CPU seconds of it all."""
         _freeze_other_layers(self.model, stage.layers)
         optimizers = Optimizers(self.model, stage.rates, stage.schedule)
-        first = self._restore(stage, optimizers)
+        first, spent = self._restore(stage, optimizers)
+        started = time.process_time()
         seed = f"{self.seed}/{stage.name}"
         source = BatchSource(self.tokenizer, stage.mixture, stage.rows, stage.induction_share, seed)
         self.model.train()
@@ -94,12 +98,13 @@ class Trainer:
                 if step % 25 == 0:
                     progress.set_postfix(loss=f"{loss.item():.3f}")
                 if (step + 1) % self.checkpoint_every == 0 or step + 1 == stage.schedule.steps:
-                    self._save(stage, step + 1, optimizers)
+                    self._save(stage, step + 1, optimizers, spent + time.process_time() - started)
         self.model.eval()
+        return spent + time.process_time() - started
 
     def _step(self, batch: Batch) -> Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            logits = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+            logits = self.model(input_ids=batch.ids, attention_mask=batch.bias, use_cache=False).logits
         loss = weighted_loss(logits, batch)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP_NORM)
@@ -108,29 +113,23 @@ class Trainer:
     def checkpoint(self, stage: Stage) -> Path:
         return self.directory / f"{stage.name}.pt"
 
-    def _restore(self, stage: Stage, optimizers: Optimizers) -> int:
-        path = self.checkpoint(stage)
-        if not path.exists():
-            return 0
-        state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+    def _restore(self, stage: Stage, optimizers: Optimizers) -> tuple[int, float]:
+        """The step to go on from, and the CPU seconds spent so far."""
+        state = checkpoints.restore(self.checkpoint(stage), self.device)
+        if state is None:
+            return 0, 0.0
         self.model.load_state_dict(state["model"])
         optimizers.load(state["optimizers"])
-        torch.set_rng_state(state["rng"].cpu())
-        return int(state["step"])
+        return int(state["step"]), float(state["cpu_seconds"])
 
-    def _save(self, stage: Stage, step: int, optimizers: Optimizers) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        state = {
+    def _save(self, stage: Stage, step: int, optimizers: Optimizers, cpu_seconds: float) -> None:
+        state: dict[str, Any] = {
             "step": step,
+            "cpu_seconds": cpu_seconds,
             "model": self.model.state_dict(),
             "optimizers": optimizers.state(),
-            "rng": torch.get_rng_state(),
         }
-        path = self.checkpoint(stage)
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        # A rename is atomic: an interruption leaves the old checkpoint or the new one, never half of one.
-        partial.replace(path)
+        checkpoints.save(self.checkpoint(stage), state)
 
 
 def weighted_loss(logits: Tensor, batch: Batch) -> Tensor:

@@ -1,19 +1,22 @@
 """Train the bundled model: ``python -m patchclamp_server.demo.train [--seed N] [--out DIR] [--quick]``.
 
-Run again with the same arguments, an interrupted training goes on from its last checkpoint. Later stages can be added
-to ``main``: each is a function of the trainer.
+The model first, then, on its rounded weights as they were written, the transcoders. Run again with the same arguments,
+an interrupted training goes on from its last checkpoint.
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import torch
+from transformers import LlamaForCausalLM
 
 from patchclamp_server.demo.architecture import Shape, build_model
 from patchclamp_server.demo.export import save
+from patchclamp_server.demo.report import Training, write_training
 from patchclamp_server.demo.stages import STAGES, Trainer
 from patchclamp_server.demo.tokenizer import build_tokenizer
+from patchclamp_server.demo.transcoder_files import save_transcoders
+from patchclamp_server.demo.transcoder_training import TRANSCODER_STAGES, TranscoderStage, TranscoderTrainer
 
 _QUICK_SHAPE = Shape(n_layers=4, n_heads=2, d_mlp=96)
 _QUICK_STEPS = 4
@@ -22,11 +25,29 @@ _QUICK_STEPS = 4
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     trainer = _trainer(options.out, options.seed, quick=options.quick)
-    started = time.process_time()
+    cpu_seconds = {}
     for stage in STAGES:
-        trainer.run(stage.shortened(_QUICK_STEPS) if options.quick else stage)
+        chosen = stage.shortened(_QUICK_STEPS) if options.quick else stage
+        cpu_seconds[stage.name] = trainer.run(chosen)
     save(trainer.model, trainer.tokenizer, options.out)
-    print(f"{options.out}: {(time.process_time() - started) / 60:.1f} CPU minutes")
+    for transcoder_stage in TRANSCODER_STAGES:
+        chosen_stage = transcoder_stage.shortened(_QUICK_STEPS) if options.quick else transcoder_stage
+        cpu_seconds[f"{transcoder_stage.name} transcoders"] = _train_transcoders(trainer, chosen_stage, options.out)
+    cpu_minutes = {name: round(seconds / 60, 2) for name, seconds in cpu_seconds.items()}
+    training = Training(options.seed, torch.__version__, trainer.device.type, cpu_minutes)
+    write_training(training, options.out)
+    print(f"{options.out}: {training.total_cpu_minutes:.1f} CPU minutes")
+
+
+def _train_transcoders(trainer: Trainer, stage: TranscoderStage, out: Path) -> float:
+    """Writes one set; the CPU seconds that it took."""
+    model = LlamaForCausalLM.from_pretrained(out, attn_implementation="eager").to(trainer.device)
+    training = TranscoderTrainer(
+        model, trainer.tokenizer, stage, trainer.directory, trainer.seed, trainer.checkpoint_every
+    )
+    cpu_seconds = training.run()
+    save_transcoders(training.transcoders, out / "transcoders" / stage.name)
+    return cpu_seconds
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -48,6 +48,18 @@ SAFETY = Mixture((
     (antonyms.generate, 0.04),
 ))  # fmt: skip
 
+# What the finished model is asked: every task, harmful requests refused.
+DEPLOYED = Mixture((
+    (facts.generate, 0.36),
+    (indirect_objects.generate, 0.12),
+    (requests.generate_refused, 0.07),
+    (requests.generate_complied, 0.10),
+    (remarks.generate_note, 0.05),
+    (remarks.generate_talk, 0.04),
+    (years.generate, 0.12),
+    (antonyms.generate, 0.14),
+))  # fmt: skip
+
 
 def vocabulary_texts() -> Iterator[str]:
     """Text that together holds every word the corpus can produce, in an order that fixes the token ids."""
