@@ -36,6 +36,7 @@ from patchclamp_server.engine.worker import Worker
 from patchclamp_server.errors import DeadlineExceeded
 from patchclamp_server.hookpoints import HookPoint, Site
 from patchclamp_server.interventions.ops import Ablate, Add, Clamp, Intervention, Knockout, Scale, Target, Unit, Zero
+from patchclamp_server.interventions.plan import Plan
 from patchclamp_server.positions import Positions, Range, Span
 
 PROMPTS = ((5, 17, 3, 40, 11), (9, 33, 21, 4, 48, 2, 30), (50, 1, 44), (8, 7, 6, 5, 4, 3, 2, 1, 12, 13, 14))
@@ -361,6 +362,71 @@ def test_many_that_are_cancelled_before_their_first_forward_leave_the_others_alo
     assert all(isinstance(stream.wait()[-1], JobFailed) for stream in gone)
     assert engine.start(spec(PROMPTS[1], new=20)).ids() == expected
     engine.stop()
+
+
+def overflowing(layer: int = 1) -> Intervention:
+    return Intervention(Zero(Target((HookPoint(Site.LN1_SCALE, layer),))))
+
+
+def test_what_is_not_finite_fails_its_own_sample_and_poisons_no_slot(engine: Engine) -> None:
+    expected = engine.start(spec(PROMPTS[0])).ids()
+    # Somebody decodes all the while, so that the slots stay, and to a greater length.
+    neighbour = engine.start(spec(PROMPTS[3], new=40))
+    bad = engine.start(spec((*PROMPTS[3], *PROMPTS[3]), overflowing(), new=2))
+    failures = [event for event in bad.wait() if isinstance(event, SampleFailed)]
+    assert [failure.error.reason for failure in failures] == ["NOT_FINITE"]
+    after = engine.start(spec(PROMPTS[0]))
+    assert after.ids() == expected
+    assert all(token.logprob == token.logprob for token in after.tokens())
+    assert len(neighbour.ids()) == 40
+
+
+def test_sampling_of_what_is_not_finite_fails_alone_too(engine: Engine) -> None:
+    good = engine.start(spec(PROMPTS[0], rules=SamplingRules(1.0)))
+    huge = Intervention(Add(Target((HookPoint(Site.RESID_POST, 1),)), vector(LLAMA, 1) * 3e38, 10.0))
+    bad = engine.start(spec(PROMPTS[1], huge, rules=SamplingRules(1.0, top_p=0.9)))
+    assert any(isinstance(event, SampleFailed) for event in bad.wait())
+    assert len(good.ids()) == N_NEW
+
+
+def test_a_caller_of_many_samples_leaves_room_for_others(engine: Engine) -> None:
+    rules = tuple(SamplingRules(1.0, sample=number) for number in range(3 * LIMITS.max_samples))
+    many = engine.start(replace(spec(PROMPTS[0], new=40), sampling=rules))
+    one = engine.start(spec(PROMPTS[1], new=3))
+    assert len(one.ids()) == 3
+    assert not any(isinstance(event, JobDone) for event in many.events)
+    assert len(many.wait()) == len(rules) * 41 + 1
+
+
+@pytest.mark.parametrize("method", ["place", "receipts"])
+def test_a_fault_beside_the_forward_fails_one_sample(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    real, faults = getattr(Plan, method), iter([True])
+
+    def failing(*args: object) -> object:
+        if next(faults, False):
+            raise RuntimeError("out of memory, say")
+        return real(*args)
+
+    edit = Intervention(Add(Target((HookPoint(Site.RESID_POST, 0),)), vector(LLAMA, 1), 2.0))
+    expected = engine.start(spec(PROMPTS[1], edit)).ids()
+    neighbour = engine.start(spec(PROMPTS[0], new=30))
+    monkeypatch.setattr(Plan, method, failing)
+    bad = engine.start(spec(PROMPTS[1], edit))
+    assert any(isinstance(event, SampleFailed) for event in bad.wait())
+    assert engine.start(spec(PROMPTS[1], edit)).ids() == expected
+    assert len(neighbour.ids()) == 30
+
+
+def test_nothing_is_kept_of_a_generation_that_is_over(engine: Engine) -> None:
+    for _ in range(5):
+        engine.start(spec(PROMPTS[0], new=2)).wait()
+    assert engine.worker._generations is not None
+    decoder = engine.worker._generations._decoder
+    assert not decoder._served
+    assert not decoder._waiting
+    assert not decoder._resident
 
 
 def test_a_faulty_sample_fails_alone(engine: Engine) -> None:

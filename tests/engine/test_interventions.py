@@ -219,3 +219,13 @@ def test_values_are_let_go_when_the_last_taker_is_done() -> None:
     assert exchange.finish(1) == (3,)
     assert not exchange.values
     assert exchange.fail(0) == ()
+
+
+def test_a_run_that_an_edit_makes_overflow_fails_alone(worker: Worker) -> None:
+    zeroed = Intervention(Zero(Target((HookPoint(Site.LN1_SCALE, 1),))))
+    mailbox = submit(worker, run(PROMPT, zeroed), run(OTHER, add(0, 1.0)))
+    assert mailbox.finished.keys() == {1}
+    assert mailbox.failed[0].error.reason == "NOT_FINITE"
+    # What it read is for the caller to look at, when no logits are asked for.
+    reads = RunSpec(PROMPT, (ReadSpec(Site.RESID_POST, (1,)),), interventions=(zeroed,))
+    assert outputs(worker, reads)[0].reads[0].values.isnan().any()

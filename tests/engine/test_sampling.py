@@ -58,9 +58,9 @@ def test_frequencies_are_those_of_the_distribution_that_transformers_makes(rules
     found = draws(row, rules, count, present)
     assert set(found) <= set(expected.nonzero()[:, 0].tolist())
     for token, probability in enumerate(expected.tolist()):
-        # Five standard deviations of a binomial share.
-        spread = 5 * (probability * (1 - probability) / count) ** 0.5
-        assert found[token] / count == pytest.approx(probability, abs=spread + 1e-9)
+        # Five standard deviations of a binomial share; of the rarest tokens a few may come without being expected.
+        spread = 5 * (probability * (1 - probability) / count) ** 0.5 + 3 / count
+        assert found[token] / count == pytest.approx(probability, abs=spread)
 
 
 def test_a_draw_does_not_depend_on_its_neighbours() -> None:

@@ -316,10 +316,14 @@ def test_a_failed_runs_error_tells_nothing_of_the_inside(worker: Worker) -> None
 EXECUTE = "patchclamp_server.engine.worker.execute_prepared"
 
 
-def raising(fault: Exception, when: Callable[[int], bool] = lambda rows: True) -> Callable[..., tuple[RunOutput, ...]]:
+def raising(
+    fault: Exception, when: Callable[[int], bool] = lambda rows: True
+) -> Callable[..., tuple[RunOutput | Error, ...]]:
     """An `execute` that fails for batches of certain sizes."""
 
-    def failing(runner: Runner, runs: Sequence[PreparedRun], check: Callable[[], None]) -> tuple[RunOutput, ...]:
+    def failing(
+        runner: Runner, runs: Sequence[PreparedRun], check: Callable[[], None]
+    ) -> tuple[RunOutput | Error, ...]:
         if when(len(runs)):
             raise fault
         return execute_prepared(runner, runs, check)
@@ -343,6 +347,7 @@ def test_a_batch_too_large_for_the_memory_runs_row_by_row(worker: Worker, monkey
 
 def test_a_run_too_large_for_the_memory_is_told_so(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EXECUTE, raising(torch.OutOfMemoryError("full")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100, 1000))
     _, mailbox = submit(worker, GOOD)
     error = mailbox.failed[0].error

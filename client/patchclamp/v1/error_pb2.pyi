@@ -35,6 +35,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_UNSUPPORTED_BY_MODEL: _ClassVar[ErrorReason]
     ERROR_REASON_ENGINE_FAILED: _ClassVar[ErrorReason]
     ERROR_REASON_SOURCE_RUN_FAILED: _ClassVar[ErrorReason]
+    ERROR_REASON_NOT_FINITE: _ClassVar[ErrorReason]
 ERROR_REASON_UNSPECIFIED: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
 ERROR_REASON_MALFORMED_MESSAGE: ErrorReason
@@ -64,3 +65,4 @@ ERROR_REASON_RUN_CYCLE: ErrorReason
 ERROR_REASON_UNSUPPORTED_BY_MODEL: ErrorReason
 ERROR_REASON_ENGINE_FAILED: ErrorReason
 ERROR_REASON_SOURCE_RUN_FAILED: ErrorReason
+ERROR_REASON_NOT_FINITE: ErrorReason

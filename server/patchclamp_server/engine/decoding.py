@@ -10,14 +10,14 @@ sample fails alone.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from patchclamp_server.engine.editing import Editing
-from patchclamp_server.engine.faults import Abandoned, make_room, raise_if_fatal
+from patchclamp_server.engine.faults import Abandoned, NotFinite, make_room, raise_if_fatal
 from patchclamp_server.engine.reading import Captures, ReadPlan, Request
 from patchclamp_server.engine.runner import Batch, Forward, Runner
 from patchclamp_server.engine.sample import Owner, Sample
@@ -28,6 +28,8 @@ from patchclamp_server.interventions.plan import Plan
 from patchclamp_server.interventions.receipts import Receipt
 
 _LOGITS = HookPoint(Site.LOGITS)
+_ADMITTED_AT_ONCE = 4
+_LARGEST_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,11 @@ class Decoder:
         if not shared:
             self._slots = OwnCaches(runner.adapter.own_cache, device)
         self._shared = shared
-        self._waiting: deque[Sample] = deque()
+        self._waiting: dict[Owner, deque[Sample]] = {}
         self._resident: list[Sample] = []
-        self._turns: OrderedDict[Owner, None] = OrderedDict()
+        # When each owner was last brought on, in forwards.
+        self._served: dict[Owner, int] = {}
+        self._forwards = 0
         self._plan: Plan | None = None
         self._stepped = False
         self._last_rows: tuple[tuple[int, ...], torch.Tensor] | None = None
@@ -85,18 +89,17 @@ class Decoder:
     @property
     def busy(self) -> bool:
         """Whether there is something to do: a paused sample gets no tokens."""
-        return any(not sample.owner.paused for sample in (*self._waiting, *self._resident))
+        return any(not owner.paused for owner in self._waiting) or any(not one.owner.paused for one in self._resident)
 
     def add(self, sample: Sample) -> None:
         """Takes a sample in; it waits for a slot."""
-        self._waiting.append(sample)
+        self._waiting.setdefault(sample.owner, deque()).append(sample)
 
     def drop(self, owner: Owner) -> None:
         """Ends all samples of a job."""
-        self._waiting = deque(sample for sample in self._waiting if sample.owner is not owner)
+        self._waiting.pop(owner, None)
         for sample in [sample for sample in self._resident if sample.owner is owner]:
             self.leave(sample)
-        self._turns.pop(owner, None)
 
     def leave(self, sample: Sample) -> None:
         """Frees what a sample held; the last resident moves into its slot."""
@@ -109,8 +112,12 @@ class Decoder:
             # One that has seen nothing yet has no more than the number of its slot.
             if last.seen:
                 self._slots.move(last.slot, sample.slot)
+            else:
+                self._slots.forget(last.slot)
             last.slot = sample.slot
             self._resident[sample.slot] = last
+        if all(one.owner is not sample.owner for one in self._resident):
+            self._served.pop(sample.owner, None)
         if not self._resident:
             self._slots.clear()
             self._plan = None
@@ -129,7 +136,7 @@ class Decoder:
 
     def advance(self, check: Callable[[], None]) -> list[Outcome]:
         """One forward. `check` is called before every block and may raise to abort it."""
-        self._admit()
+        failed = self._admit()
         ready = sorted((sample for sample in self._resident if not sample.owner.paused), key=self._turn)
         steps = [sample for sample in ready if sample.decoding]
         prompts = [sample for sample in ready if not sample.decoding]
@@ -137,12 +144,12 @@ class Decoder:
         self._stepped = bool(steps) and not (prompts and self._stepped)
         together = self._together(steps if self._stepped else prompts)
         rows = [(sample, 1) for sample in together] if self._stepped else self._chunk(together)
-        for sample, _ in rows:
-            self._turns.move_to_end(sample.owner)
-        return self._forward(rows, check) if rows else []
+        self._forwards += 1
+        self._served.update((sample.owner, self._forwards) for sample, _ in rows)
+        return failed + (self._forward(rows, check) if rows else [])
 
     def _turn(self, sample: Sample) -> int:
-        return next(place for place, owner in enumerate(self._turns) if owner is sample.owner)
+        return self._served.get(sample.owner, 0)
 
     def _together(self, ready: Sequence[Sample]) -> list[Sample]:
         """Those that may share a forward with the first."""
@@ -152,14 +159,36 @@ class Decoder:
 
     # Room.
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._resident) < self._limits.max_samples and self._fits(self._waiting[0]):
-            sample = self._waiting.popleft()
+    def _admit(self) -> list[Outcome]:
+        """Takes in samples that wait, of the owner with the fewest residents first; those that cannot be are told.
+
+        Few at a time where they have edits: laying these into the tables takes a while.
+        """
+        failed: list[Outcome] = []
+        for _ in range(_ADMITTED_AT_ONCE):
+            owner = self._next_owner()
+            if owner is None or not self._fits(self._waiting[owner][0]):
+                break
+            sample = self._waiting[owner].popleft()
+            if not self._waiting[owner]:
+                del self._waiting[owner]
             sample.slot = len(self._resident)
             self._resident.append(sample)
-            self._turns.setdefault(sample.owner)
-            if sample.spec.interventions:
+            try:
                 self._seat(sample)
+            except Exception as fault:
+                raise_if_fatal(fault)
+                make_room(fault)
+                failed.append(Failed(sample, fault))
+        return failed
+
+    def _next_owner(self) -> Owner | None:
+        """Whose sample comes in next. One owner never has all slots, so that another's first need not wait for it."""
+        held = Counter(id(sample.owner) for sample in self._resident)
+        if not self._waiting or len(self._resident) >= self._limits.max_samples:
+            return None
+        owner = min(self._waiting, key=lambda one: held[id(one)])
+        return owner if held[id(owner)] < max(1, int(_LARGEST_SHARE * self._limits.max_samples)) else None
 
     def _fits(self, sample: Sample) -> bool:
         """Whether the slots stay within their bytes. The first sample always fits: the front has checked it."""
@@ -170,30 +199,31 @@ class Decoder:
 
     def _seat(self, sample: Sample) -> None:
         """Gives a sample's edits a row of the tables; these are made anew where they are too short."""
+        if not sample.spec.interventions:
+            return
         needed = sample.edits.edits.max_length
         if self._plan is None or needed > self._plan.max_length:
             self._rebuild(needed)
         assert self._plan is not None
         taken = {one.row for one in self._resident}
-        sample.row = next(row for row in range(self._limits.max_samples) if row not in taken)
-        self._plan.place(sample.row, sample.edits)
+        row = next(row for row in range(self._limits.max_samples) if row not in taken)
+        self._plan.place(row, sample.edits)
+        sample.row = row
 
     def _rebuild(self, length: int) -> None:
         """Tables for longer samples, with everything that those in use hold."""
-        before, self._plan = (
-            self._plan,
-            Plan(
-                self._runner.adapter.site_info,
-                # One more, that nobody sits in: for the samples without edits.
-                rows=self._limits.max_samples + 1,
-                max_length=1 << (length - 1).bit_length(),
-                device=self._runner.input_device,
-                dtype=self._runner.adapter.probes.dtype,
-            ),
+        longer = Plan(
+            self._runner.adapter.site_info,
+            # One more, that nobody sits in: for the samples without edits.
+            rows=self._limits.max_samples + 1,
+            max_length=1 << (length - 1).bit_length(),
+            device=self._runner.input_device,
+            dtype=self._runner.adapter.probes.dtype,
         )
         for sample in self._resident:
-            if before is not None and sample.row >= 0:
-                self._plan.adopt(sample.row, before, sample.row)
+            if self._plan is not None and sample.row >= 0:
+                longer.adopt(sample.row, self._plan, sample.row)
+        self._plan = longer
 
     def _release(self, sample: Sample) -> None:
         if self._plan is not None and sample.row >= 0:
@@ -248,14 +278,14 @@ class Decoder:
             check=check,
         )
         logits = self._runner.run(self._slots.used_by(forward, positions))
-        chosen: list[Outcome] = []
+        outcomes: list[Outcome] = []
         if watch.finished:
-            chosen += _chosen([samples[row] for row in watch.finished], watch.last_logits(logits))
-        # Nothing can fail any more: what was gathered counts, and no row is repeated.
+            outcomes += _chosen([samples[row] for row in watch.finished], watch.last_logits(logits))
         watch.settle(logits)
+        # From here on what was gathered counts, and no row is repeated.
         for sample, count in rows:
             sample.seen += count
-        return chosen
+        return outcomes
 
     def _step_plan(self, samples: Sequence[Sample], positions: torch.Tensor, counts: Sequence[int]) -> Plan | None:
         """The tables, at the rows and positions of a forward; None where none of its samples is edited."""
@@ -310,6 +340,7 @@ class _Watch:
             self._gathered.append((request, self._rows(logits, pairs)))
         for request, rows in self._gathered:
             self._samples[request.row].gather(request, self._starts[request.row], rows)
+        self._gathered = []
 
     def last_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits behind the newest token of each finished row, [rows, d_vocab]."""
@@ -320,7 +351,18 @@ class _Watch:
         return logits.index_select(0, index)
 
 
-def _chosen(samples: Sequence[Sample], logits: torch.Tensor) -> Iterator[Chosen]:
+def _chosen(samples: Sequence[Sample], logits: torch.Tensor) -> Iterator[Outcome]:
+    """The next token of each sample, unless its logits say nothing: an edit can make them overflow."""
+    fine = (logits.isfinite() | (logits == float("-inf"))).all(-1) & logits.isfinite().any(-1)
+    for sample, good in zip(samples, fine.tolist(), strict=True):
+        if not good:
+            yield Failed(sample, NotFinite("the logits of the next token"))
+    if bool(fine.any()):
+        kept = [sample for sample, good in zip(samples, fine.tolist(), strict=True) if good]
+        yield from _sampled(kept, logits[fine])
+
+
+def _sampled(samples: Sequence[Sample], logits: torch.Tensor) -> Iterator[Chosen]:
     """The next token of each sample."""
     tokens = choose(logits, [sample.choice for sample in samples])
     logprobs = logits.float().log_softmax(-1)

@@ -16,10 +16,11 @@ from torch.nn import functional
 
 from patchclamp_server.engine.editing import Editing
 from patchclamp_server.engine.exchange import Exchange
+from patchclamp_server.engine.faults import NotFinite
 from patchclamp_server.engine.messages import LogitsOutput, LogitsSpec, RunOutput, RunSpec
 from patchclamp_server.engine.reading import Captures, ReadPlan, plan_reads
 from patchclamp_server.engine.runner import Batch, Forward, Runner
-from patchclamp_server.errors import FailedPrecondition
+from patchclamp_server.errors import Error, FailedPrecondition
 from patchclamp_server.hookpoints import HookPoint, Site
 from patchclamp_server.interventions.compiling import RowPlan, compile_row
 from patchclamp_server.interventions.ops import RowEdits
@@ -50,6 +51,12 @@ class LogitRows:
             for position in request.positions:
                 pairs.setdefault((request.row, position), len(pairs))
         return cls(tuple(pairs), pairs)
+
+    def finite(self, logits: torch.Tensor, row: int) -> bool:
+        """Whether all logits of one run are numbers; -inf is one that never comes."""
+        places = [place for pair, place in self.index.items() if pair[0] == row]
+        chosen = logits[torch.tensor(places, dtype=torch.long, device=logits.device)]
+        return bool((chosen.isfinite() | (chosen == float("-inf"))).all())
 
     def take(self, logits: torch.Tensor, row: int, positions: Sequence[int]) -> torch.Tensor:
         """The logits of one run's positions, [positions, d_vocab]."""
@@ -87,14 +94,18 @@ def prepare(runner: Runner, run: RunSpec, exchange: Exchange | None = None, inde
 
 
 def execute(runner: Runner, runs: Sequence[RunSpec], check: Callable[[], None] | None = None) -> tuple[RunOutput, ...]:
-    """Runs a batch of runs that take nothing from each other."""
-    return execute_prepared(runner, [prepare(runner, run) for run in runs], check)
+    """Runs a batch of runs that take nothing from each other. Raises the error of the first that failed."""
+    results = execute_prepared(runner, [prepare(runner, run) for run in runs], check)
+    for result in results:
+        if isinstance(result, Error):
+            raise result
+    return tuple(result for result in results if isinstance(result, RunOutput))
 
 
 def execute_prepared(
     runner: Runner, prepared: Sequence[PreparedRun], check: Callable[[], None] | None = None
-) -> tuple[RunOutput, ...]:
-    """Runs a batch. `check` is called before every block and may raise to abort."""
+) -> tuple[RunOutput | Error, ...]:
+    """Runs a batch; a run that fails does so alone. `check` is called before every block and may raise to abort."""
     baselines = {index: len(prepared) + n for n, index in enumerate(_with_baseline(prepared))}
     runs = [*(one.run for one in prepared), *(_baseline(prepared[index].run) for index in baselines)]
     batch = Batch.of([run.token_ids for run in runs], runner.input_device)
@@ -178,8 +189,10 @@ def _output(
     captures: Captures,
     plan: Plan | None,
     baseline: int | None,
-) -> RunOutput:
+) -> RunOutput | Error:
     run = runs[row]
+    if run.interventions and not rows.finite(logits, row):
+        return NotFinite("the logits of this run")
     return RunOutput(
         reads=captures.of_row(row),
         logits=_logits(row, run, run.logits, rows, logits) if run.logits else None,

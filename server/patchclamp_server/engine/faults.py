@@ -6,9 +6,18 @@ import logging
 
 import torch
 
-from patchclamp_server.errors import Error, TooLarge
+from patchclamp_server.errors import Error, FailedPrecondition, TooLarge
 
 _log = logging.getLogger(__name__)
+
+
+class NotFinite(FailedPrecondition):
+    """What the model computed holds NaN or infinity, as an edit can make it."""
+
+    reason = "NOT_FINITE"
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} are not finite: an edit made the model overflow, or took away what it divides by")
 
 
 class Abandoned(Exception):
@@ -23,7 +32,7 @@ def raise_if_fatal(fault: Exception) -> None:
 
 def make_room(fault: Exception) -> None:
     """After a lack of memory: gives back what is cached."""
-    if isinstance(fault, torch.OutOfMemoryError):
+    if isinstance(fault, torch.OutOfMemoryError) and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
@@ -31,6 +40,8 @@ def as_error(fault: Exception, what: str) -> Error:
     """What the caller is told. The log has the rest; `what` says there what failed."""
     if isinstance(fault, Error):
         return fault
+    if isinstance(fault, torch.OutOfMemoryError) and not torch.cuda.is_available():
+        return TooLarge("memory ran out: bytes", limit=0, demand=0, reason="DEVICE_OUT_OF_MEMORY")
     if isinstance(fault, torch.OutOfMemoryError):
         free, total = torch.cuda.mem_get_info()
         return TooLarge(

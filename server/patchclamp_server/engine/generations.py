@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from patchclamp_server.adapters.tokenizer import Tokenizer
 from patchclamp_server.engine.continuation import Continuation
-from patchclamp_server.engine.decoding import Chosen, Decoder, Outcome
-from patchclamp_server.engine.faults import as_error
+from patchclamp_server.engine.decoding import Chosen, Decoder, Failed, Outcome
+from patchclamp_server.engine.faults import as_error, make_room, raise_if_fatal
 from patchclamp_server.engine.messages import (
     GenerationEvent,
     GenerationJob,
@@ -71,11 +71,13 @@ class Generations:
         self.open[job.job_id] = generation
         try:
             edits = self._compiled(job)
+            samples = [self._sample(generation, number, edits) for number in range(len(job.spec.sampling))]
         except Exception as fault:
+            raise_if_fatal(fault)
             self.end(generation, as_error(fault, f"generation {job.job_id}"))
             return
-        for number in range(len(job.spec.sampling)):
-            self._decoder.add(self._sample(generation, number, edits))
+        for sample in samples:
+            self._decoder.add(sample)
 
     @property
     def busy(self) -> bool:
@@ -92,7 +94,7 @@ class Generations:
             generation.started = generation.started or began
             generation.engine_seconds += seconds
         for outcome in outcomes:
-            self._tell(outcome)
+            self._conclude(outcome)
 
     def end(self, generation: Generation, error: Error) -> None:
         """Ends a request early."""
@@ -100,9 +102,11 @@ class Generations:
         self.open.pop(generation.job.job_id, None)
         generation.emit(JobFailed(generation.job.job_id, error))
 
-    def dead(self) -> Iterator[Generation]:
-        """Requests that nobody waits for any more."""
-        return (generation for generation in [*self.open.values()] if generation.dead)
+    def refuse_all(self, error: Error) -> None:
+        """Ends every request. The decoder is left as it is: nothing more will run."""
+        while self.open:
+            job_id, generation = self.open.popitem()
+            generation.emit(JobFailed(job_id, error))
 
     def _compiled(self, job: GenerationJob) -> RowPlan:
         spec, adapter = job.spec, self._runner.adapter
@@ -140,6 +144,15 @@ class Generations:
 
     def _decode(self, ids: object) -> str:
         return "" if self._tokenizer is None else self._tokenizer.decode(ids)  # type: ignore[arg-type]
+
+    def _conclude(self, outcome: Outcome) -> None:
+        """Tells the news of one sample. What goes wrong with it concerns no other."""
+        try:
+            self._tell(outcome)
+        except Exception as fault:
+            raise_if_fatal(fault)
+            make_room(fault)
+            self._tell(Failed(outcome.sample, fault))
 
     def _tell(self, outcome: Outcome) -> None:
         sample = outcome.sample

@@ -2,8 +2,8 @@
 
 The order is that of `transformers`: repetition penalty, temperature, top-k, top-p. What is drawn depends on (seed,
 sample, token index) alone: one uniform number from a counter-based generator (Philox, Salmon et al. 2011), put through
-the inverse of the cumulative distribution with tokens from the most probable down. Neither neighbours nor the order of
-requests matter.
+the inverse of the cumulative distribution over the tokens that are left, in the order of the vocabulary. Neither
+neighbours nor the order of requests matter.
 """
 
 from __future__ import annotations
@@ -63,31 +63,44 @@ def _drawn(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
     def column(values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]  # [rows, 1]
 
-    # Temperature 0 takes the first of the sorted tokens, whatever it is divided by. With the largest score at 0, no
-    # temperature is too small.
+    # With the largest score at 0, no temperature is too small.
     temperature = column([rule.temperature or 1.0 for rule in rules])
-    ordered = ((scores.double() - scores.double().amax(-1, keepdim=True)) / temperature).sort(
-        dim=-1, descending=True, stable=True
-    )
-    probabilities = ordered.values.softmax(-1)
-    rank = torch.arange(scores.shape[1], device=logits.device)
-    most = torch.tensor([_most(rule, scores.shape[1]) for rule in rules], device=logits.device)[:, None]
-    kept = torch.where(rank < most, probabilities, 0.0)
-    kept = kept / kept.sum(-1, keepdim=True)
-    # A token stays while those before it have not reached p: the first always does.
-    kept = torch.where(kept.cumsum(-1) - kept < column([rule.top_p for rule in rules]), kept, 0.0)
-    total = kept.cumsum(-1)
+    probabilities = ((scores - scores.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    probabilities = _among_top_k(probabilities, rules)
+    probabilities = _within_top_p(probabilities, rules)
+    total = probabilities.cumsum(-1)
     uniform = column([choice.rules.uniform(choice.token_index) for choice in choices])
-    place = torch.searchsorted(total, uniform * total[:, -1:], right=True)
-    last = (kept > 0).sum(-1, keepdim=True) - 1
-    return ordered.indices.gather(1, torch.minimum(place, last))[:, 0]
+    place = torch.searchsorted(total, uniform * total[:, -1:], right=True)[:, 0]
+    # Scores that are not finite are refused before; an index must not leave the vocabulary whatever they are.
+    place = place.clamp(max=logits.shape[1] - 1)
+    greedy = torch.tensor([rule.temperature == 0 for rule in rules], device=logits.device)
+    return torch.where(greedy, scores.argmax(-1), place)
 
 
-def _most(rule: SamplingRules, d_vocab: int) -> int:
-    """How many tokens may be drawn at most."""
-    if rule.temperature == 0:
-        return 1
-    return rule.top_k or d_vocab
+def _among_top_k(probabilities: torch.Tensor, rules: Sequence[SamplingRules]) -> torch.Tensor:
+    """Zero for all but the k most probable tokens, and those as probable as the last of them."""
+    most = max(rule.top_k for rule in rules)
+    if not most:
+        return probabilities
+    top = probabilities.topk(most, dim=-1).values
+    last = [rule.top_k - 1 if rule.top_k else most - 1 for rule in rules]
+    least = top.gather(1, torch.tensor(last, device=top.device)[:, None])
+    unlimited = torch.tensor([not rule.top_k for rule in rules], device=top.device)[:, None]
+    return torch.where(unlimited | (probabilities >= least), probabilities, 0.0)
+
+
+def _within_top_p(probabilities: torch.Tensor, rules: Sequence[SamplingRules]) -> torch.Tensor:
+    """Zero for all but the most probable tokens that together reach p, and those as probable as the last of them."""
+    if all(rule.top_p >= 1 for rule in rules):
+        return probabilities
+    share = torch.tensor([rule.top_p for rule in rules], dtype=torch.float64, device=probabilities.device)[:, None]
+    ordered = probabilities.sort(-1, descending=True).values
+    ordered = ordered / ordered.sum(-1, keepdim=True)
+    # A token stays while those before it have not reached p: the first always does.
+    kept = (ordered.cumsum(-1) - ordered < share).sum(-1, keepdim=True).clamp(min=1)
+    least = ordered.gather(1, kept - 1) * probabilities.sum(-1, keepdim=True)
+    # Not below what rounding makes of the last one.
+    return torch.where((share >= 1) | (probabilities >= least * (1 - 1e-12)), probabilities, 0.0)
 
 
 def _penalised(logits: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:

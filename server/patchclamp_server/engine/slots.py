@@ -1,9 +1,10 @@
 """Slots: the keys and values of runs that generate, one slot each.
 
-A token's keys and values lie at its absolute position in its run's slot, so a write can be repeated, a forward that was
-abandoned leaves nothing behind, and a slot that is used anew needs no clearing: attention never looks past a row's own
-position. Rows are padded on the right; padding writes to a place of its own behind the others. The slots in use are the
-first ones, so that decoding sees them as a view; when a run leaves, the last one moves into its slot.
+A token's keys and values lie at its absolute position in its run's slot, so a write can be repeated and a forward that
+was abandoned leaves nothing that counts. Attention never looks past a row's own position, but what lies there must be
+finite, as zero times NaN is NaN: a slot is cleared when it is left. Rows are padded on the right; padding writes to a
+place of its own behind the others. The slots in use are the first ones, so that decoding sees them as a view; when a
+run leaves, the last one moves into its slot.
 
 Room grows by doubling. Layers may lie on several devices and differ in their shapes; each makes its room when its first
 keys come.
@@ -49,7 +50,7 @@ class Slots:
     @property
     def n_bytes(self) -> int:
         """Bytes held."""
-        return sum(held.nbytes for held in (*self._keys.values(), *self._values.values()))
+        return sum(held.nbytes for held in self._all())
 
     def begin(self, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """Announces a forward: row i goes on in `slots[i]` at position `starts[i]` with `counts[i]` tokens.
@@ -94,12 +95,20 @@ class Slots:
         return replace(forward, memory=self, positions=positions)
 
     def move(self, source: int, target: int) -> None:
-        """Gives the run in one slot another."""
-        for held in (*self._keys.values(), *self._values.values()):
-            held[target] = held[source]
+        """Gives the run in one slot another, and clears the one that it leaves."""
+        for held in self._all():
+            if max(source, target) < held.shape[0]:
+                held[target] = held[source]
+        self.forget(source)
 
     def forget(self, slot: int) -> None:
-        """Nothing is to be done: what comes into a slot anew covers what was there."""
+        """Clears a slot: its run may have left values there that are not finite."""
+        for held in self._all():
+            if slot < held.shape[0]:
+                held[slot] = 0
+
+    def _all(self) -> tuple[torch.Tensor, ...]:
+        return (*self._keys.values(), *self._values.values())
 
     def clear(self) -> None:
         """Lets go of all room."""
@@ -122,16 +131,21 @@ class Slots:
         return like.new_zeros(self._capacity, like.shape[1], self._length + 1, like.shape[3])
 
     def _make_room(self, slots: int, length: int) -> None:
+        """Grows everything or, where memory runs out on the way, nothing."""
         if slots <= self._capacity and length <= self._length:
             return
-        before = self._length
-        self._capacity = max(self._capacity, 1 << (slots - 1).bit_length())
-        self._length = max(self._length, 1 << (length - 1).bit_length())
-        for store in (self._keys, self._values):
-            for layer, held in store.items():
-                grown = self._room(held)
-                grown[: held.shape[0], :, :before] = held[:, :, :before]
-                store[layer] = grown
+        capacity = max(self._capacity, 1 << (slots - 1).bit_length())
+        longest = max(self._length, 1 << (length - 1).bit_length())
+        keys, values = (
+            {layer: self._grown(held, capacity, longest) for layer, held in store.items()}
+            for store in (self._keys, self._values)
+        )
+        self._keys, self._values, self._capacity, self._length = keys, values, capacity, longest
+
+    def _grown(self, held: torch.Tensor, capacity: int, longest: int) -> torch.Tensor:
+        grown = held.new_zeros(capacity, held.shape[1], longest + 1, held.shape[3])
+        grown[: held.shape[0], :, : self._length] = held[:, :, : self._length]
+        return grown
 
 
 class OwnCaches:

@@ -171,8 +171,10 @@ class Worker:
 
     def _fail(self, fault: BaseException, report: Callable[[Report], None]) -> None:
         self._failed = fault
-        self._refuse_all()
-        report(EngineFailed(fault))
+        try:
+            self._refuse_all()
+        finally:
+            report(EngineFailed(fault))
         while not self._stopping:
             self._take_messages(block=True)
             self._refuse_all()
@@ -180,8 +182,8 @@ class Worker:
     def _refuse_all(self) -> None:
         for state in list(self._scheduler.jobs.values()):
             self._end(state, self._refusal())
-        for generation in list(self._open.values()):
-            self._end_generation(generation, self._refusal())
+        if self._generations is not None:
+            self._generations.refuse_all(self._refusal())
 
     def _refusal(self) -> Unavailable:
         reason = "ENGINE_FAILED" if self._failed else "NOT_SERVING"

@@ -104,13 +104,32 @@ class Plan:
         self._widen()
 
     def place(self, row: int, plan: RowPlan) -> None:
-        """Puts the edits of a run into a free row."""
+        """Puts the edits of a run into a free row. What fails on the way leaves the row free."""
         assert row not in self._residents, f"row {row} is taken"
         assert plan.edits.max_length <= self.max_length, "the run is longer than the plan has room for"
         self.settle()
         self.tally.clear(row)
+        resident = _Resident(plan)
+        try:
+            self._lay(row, resident)
+        except Exception:
+            for bank, slots in resident.slots:
+                bank.release(slots)
+            raise
+        for used in resident.uses:
+            used.users += 1
+        self._residents[row] = resident
+        self._turn_over()
+
+    def _turn_over(self) -> None:
+        """After a row came or went: what frames keep of the rows before is of no use."""
         self._edition += 1
-        resident = self._residents[row] = _Resident(plan)
+        for frame in self._frames.values():
+            frame.vectors.clear()
+
+    def _lay(self, row: int, resident: _Resident) -> None:
+        """Writes the edits of a run into the tables."""
+        plan = resident.plan
         met = self._seat_conditions(row, resident)
         located = [
             (site, part, phase, stage)
@@ -130,7 +149,6 @@ class Plan:
             resident.slots.append((phase.bank, fill(content, column, row, part, site, phase, met)))
             resident.uses.add(phase)
         for used in resident.uses:
-            used.users += 1
             if isinstance(used, UpdatePhase):
                 relate(used, row, content.slots[:, used.start : used.stop])
         self.columns.put(row, content)
@@ -139,7 +157,7 @@ class Plan:
         """Takes the edits out of a row. Its receipts are gone with them."""
         self.settle()
         resident = self._residents.pop(row)
-        self._edition += 1
+        self._turn_over()
         for bank, slots in resident.slots:
             bank.release(slots)
         for used in resident.uses:
