@@ -123,13 +123,13 @@ def _stepping(
 ) -> Callable[[], object]:
     """A step of samples that have seen their prompts."""
     decoder = Decoder(resident.runner, DecodingLimits(max_samples=ROWS, chunk_tokens=ROWS * PROMPT))
-    owner, sites = _Owner(), resident.facts.site_info
+    sites = resident.facts.site_info
     samples = []
     for number, (prompt, some) in enumerate(zip(prompts, edits, strict=True)):
         spec = GenerationSpec(tuple(prompt), (SamplingRules(),) * ROWS, StopRules(1000), some)
         compiled = compile_row(RowEdits(some, PROMPT, PROMPT + 1000), sites)
         samples.append(
-            Sample(owner, number, spec, compiled, Continuation(spec.prompt, spec.stop, 1000, lambda ids: ""))
+            Sample(_Owner(), number, spec, compiled, Continuation(spec.prompt, spec.stop, 1000, lambda ids: ""))
         )
         decoder.add(samples[-1])
 
@@ -137,8 +137,8 @@ def _stepping(
         for outcome in decoder.advance(lambda: None):
             outcome.sample.continuation.append(outcome.token_id)  # type: ignore[union-attr]
 
-    step()
-    assert all(sample.decoding for sample in samples)
+    while not all(sample.decoding for sample in samples):
+        step()
     return step
 
 

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 
 import patchclamp as pc
-from patchclamp._generation_reports import StreamedText, plain_generation, plain_token
+from patchclamp._generation_reports import StreamedText, generation_arrays, plain_generation, plain_token
 from patchclamp._interventions_json import Ready, from_json
 from patchclamp._positions import Positions
 from patchclamp._reads import REDUCTIONS
@@ -83,21 +83,7 @@ def _tokenize(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    loose = [f"--{name}" for name in _OF_READS if getattr(options, name) not in (None, [])]
-    if loose and not options.read:
-        options.usage_error(f"{', '.join(loose)}: only with --read")
-    reads = [
-        pc.read(
-            hook,
-            positions=options.positions,
-            heads=options.heads,
-            reduce=options.reduce,
-            k=options.k,
-            onto=[pc.unembed(token) for token in options.onto] or None,
-            dtype=options.dtype or "float32",
-        )
-        for hook in options.read
-    ]
+    reads = _reads(options)
     try:
         edits = _edits(options)
     except (OSError, UnicodeDecodeError) as fault:
@@ -115,11 +101,8 @@ def _run(options: argparse.Namespace) -> int:
             keep=options.keep,
             numerics=options.numerics,
         )
-    if options.save:
-        try:
-            np.savez(options.save, **arrays(run))
-        except OSError as fault:
-            return _fail(f"cannot write {options.save}: {fault.strerror or fault}")
+    if options.save and not _saved(options, arrays(run)):
+        return 1
     if options.json:
         _print_json(plain_run(run, options.logprob))
     else:
@@ -130,6 +113,9 @@ def _run(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     if options.stream and not options.json:
         options.usage_error("--stream: only with --json; text comes as it is generated anyway")
+    if options.read and not (options.save or options.json):
+        options.usage_error("--read: only with --save or --json; the text alone is shown")
+    reads = _reads(options)
     try:
         edits = _edits(options)
     except (OSError, UnicodeDecodeError) as fault:
@@ -141,6 +127,7 @@ def _generate(options: argparse.Namespace) -> int:
             _prompt(options),
             max_new_tokens=options.max_new_tokens,
             interventions=edits,
+            read=reads,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
@@ -176,7 +163,37 @@ def _generate(options: argparse.Namespace) -> int:
     for number, sample in enumerate(made.samples):
         if sample.error is not None:
             _fail(f"sample {number}: {sample.error}")
-    return 130 if interrupted else int(any(sample.error for sample in made.samples))
+    saved = not options.save or _saved(options, generation_arrays(made))
+    return 130 if interrupted else int(not saved or any(sample.error for sample in made.samples))
+
+
+def _reads(options: argparse.Namespace) -> list[pc.Read]:
+    """The reads of `--read` and of the options that say how."""
+    loose = [f"--{name}" for name in _OF_READS if getattr(options, name) not in (None, [])]
+    if loose and not options.read:
+        options.usage_error(f"{', '.join(loose)}: only with --read")
+    return [
+        pc.read(
+            hook,
+            positions=options.positions,
+            heads=options.heads,
+            reduce=options.reduce,
+            k=options.k,
+            onto=[pc.unembed(token) for token in options.onto] or None,
+            dtype=options.dtype or "float32",
+        )
+        for hook in options.read
+    ]
+
+
+def _saved(options: argparse.Namespace, named: dict[str, Any]) -> bool:
+    """Whether these arrays are in the file of `--save` now."""
+    try:
+        np.savez(options.save, **named)
+    except OSError as fault:
+        _fail(f"cannot write {options.save}: {fault.strerror or fault}")
+        return False
+    return True
 
 
 def _edits(options: argparse.Namespace) -> list[Ready] | None:
@@ -283,12 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_interventions(run)
     _add_logits(run)
     _add_numerics(run)
-    run.add_argument(
-        "--save",
-        type=Path,
-        metavar="FILE",
-        help="also write every array to this .npz file; what is read twice is numbered",
-    )
+    _add_save(run)
     _add_connection(run)
     run.set_defaults(usage_error=run.error)
 
@@ -296,8 +308,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_prompt(generate)
     _add_sampling(generate)
     _add_stop_rules(generate)
+    _add_reads(generate)
     _add_edits(generate.add_argument_group("interventions"))
     _add_numerics(generate)
+    _add_save(generate)
     _add_connection(generate)
     generate.add_argument("--stream", action="store_true", help="with --json: a line for each token as it comes")
     generate.set_defaults(usage_error=generate.error)
@@ -348,6 +362,15 @@ def _add_reads(parser: argparse.ArgumentParser) -> None:
         choices=tuple(DTYPES),
         metavar="TYPE",
         help="precision that travels: float32 (default), bfloat16 or float16",
+    )
+
+
+def _add_save(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="also write every array to this .npz file; what is read twice is numbered",
     )
 
 

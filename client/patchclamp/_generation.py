@@ -62,7 +62,7 @@ class Sample:
     `reads` has the rows of all forwards: the prompt's and those of all generated tokens but the last, which no forward
     has seen; prompt + generated - 1 rows where all positions are read, `positions` says which. Attention patterns and
     scores are [head, query, key] over the longest sequence, zero and -inf where a key was not there yet. A reduction
-    that drops the position axis gives one value per forward, stacked on a new first axis: [tokens, ..].
+    that drops the position axis gives one value per forward, stacked on a new first axis: [tokens, ..], keys as above.
 
     `receipts` has one entry per intervention, over prompt and generated tokens. Where the stream broke and was taken up
     again, they are those of the last stream, which makes all rows anew; none where it broke just as the sample ended.
@@ -222,8 +222,8 @@ def joined(parts: Sequence[Activation]) -> Activation:
     first = parts[0]
     indices = [part.indices for part in parts if part.indices is not None]
     axis = None if first.reduce in WITHOUT_POSITIONS else position_axis(first)
-    arrays = [np.asarray(part) for part in parts]
-    values = np.stack(arrays) if axis is None else np.concatenate(_of_one_width(arrays, first), axis)
+    arrays = _of_one_width([np.asarray(part) for part in parts], first)
+    values = np.stack(arrays) if axis is None else np.concatenate(arrays, axis)
     return Activation.of(
         values,
         first.hook_point,
@@ -235,8 +235,11 @@ def joined(parts: Sequence[Activation]) -> Activation:
 
 def _of_one_width(parts: list[Array], kind: Activation) -> list[Array]:
     """The parts; those over keys as long as the longest, with nothing where there was no key yet."""
-    if kind.reduce is not None or not position_axis(kind):
+    if kind.reduce not in (None, *WITHOUT_POSITIONS) or not position_axis(kind):
         return parts
     longest = max(part.shape[-1] for part in parts)
     empty = -np.inf if kind.hook_point.endswith(".attn.scores") else 0.0
-    return [np.pad(part, [(0, 0), (0, 0), (0, longest - part.shape[-1])], constant_values=empty) for part in parts]
+    return [
+        np.pad(part, [*[(0, 0)] * (part.ndim - 1), (0, longest - part.shape[-1])], constant_values=empty)
+        for part in parts
+    ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import unicodedata
 from typing import Any, TextIO
 
+import numpy as np
+
 from patchclamp._generation import GeneratedToken, Generation, Sample
-from patchclamp._reports import numbers, plain_receipt, show_receipts
+from patchclamp._reports import numbers, plain_reads, plain_receipt, show_receipts, with_reads
 from patchclamp._results import TopToken
 from patchclamp._terminal import Terminal
 
@@ -79,6 +81,16 @@ def _harmless(text: str) -> str:
     )
 
 
+def generation_arrays(generation: Generation) -> dict[str, Any]:
+    """Everything numeric in a generation, by name; of several samples, with `sample0.` and so on before it."""
+    arrays: dict[str, Any] = {"prompt_tokens": np.array(generation.prompt_tokens.ids, np.int64)}
+    for number, sample in enumerate(generation.samples):
+        own = {"tokens": np.array(sample.tokens, np.int64), "logprobs": np.asarray(sample.logprobs)}
+        lead = f"sample{number}." if len(generation.samples) > 1 else ""
+        arrays |= {f"{lead}{name}": values for name, values in with_reads(own, sample.reads).items()}
+    return arrays
+
+
 def plain_generation(generation: Generation) -> dict[str, Any]:
     """A generation as plain values."""
     prompt = generation.prompt_tokens
@@ -107,6 +119,7 @@ def _plain_sample(sample: Sample) -> dict[str, Any]:
         "strings": sample.strings,
         "logprobs": numbers(sample.logprobs),
         "finish_reason": sample.finish_reason,
+        "reads": plain_reads(sample.reads),
         "receipts": [plain_receipt(receipt) for receipt in sample.receipts],
     }
     if sample.top:

@@ -12,7 +12,7 @@ import numpy as np
 from patchclamp._handles import Handle
 from patchclamp._model_info import ModelInfo, SiteInfo
 from patchclamp._receipts import Receipt
-from patchclamp._results import Activation, Baseline, Run, Tokens, quoted
+from patchclamp._results import Activation, Activations, Baseline, Run, Tokens, quoted
 from patchclamp._terminal import Terminal
 
 _READS_SHOWN = 40
@@ -162,10 +162,15 @@ def arrays(run: Run) -> dict[str, Any]:
     for name, values in found.items():
         if values is not None:
             arrays[name] = np.asarray(values)
+    return with_reads(arrays, run.reads)
+
+
+def with_reads(arrays: dict[str, Any], reads: Activations) -> dict[str, Any]:
+    """These arrays and those that were read, numbered where one place was read in several ways."""
     own_names = set(arrays)
-    times = Counter(read.hook_point for read in run.reads.in_order)
+    times = Counter(read.hook_point for read in reads.in_order)
     so_far: Counter[str] = Counter()
-    for read in run.reads.in_order:
+    for read in reads.in_order:
         name = f"{read.hook_point}.read" if read.hook_point in own_names else read.hook_point
         if times[read.hook_point] > 1:
             name = f"{name}.{so_far[read.hook_point]}"
@@ -198,17 +203,7 @@ def plain_run(run: Run, asked: Sequence[int | str]) -> dict[str, Any]:
     plain: dict[str, Any] = {
         "tokens": {"ids": run.tokens.ids, "strings": run.tokens.strings},
         **_plain_logits(run, asked),
-        "reads": [
-            {
-                "name": read.hook_point,
-                "reduce": read.reduce,
-                "positions": read.positions,
-                "shape": read.shape,
-                "values": numbers(read),
-                **({} if read.indices is None else {"indices": read.indices.tolist()}),
-            }
-            for read in run.reads.in_order
-        ],
+        "reads": plain_reads(run.reads),
         "receipts": [plain_receipt(receipt) for receipt in run.receipts],
         "handles": [_plain_handle(handle) for handle in run.handles.in_order],
         "summary": vars(run.summary),
@@ -232,6 +227,21 @@ def _plain_logits(logits: Run | Baseline, asked: Sequence[int | str]) -> dict[st
     if logits.logprobs is not None:
         plain["logprobs"] = {"tokens": asked, "values": numbers(logits.logprobs)}
     return plain
+
+
+def plain_reads(reads: Activations) -> list[dict[str, Any]]:
+    """Activations as plain values."""
+    return [
+        {
+            "name": read.hook_point,
+            "reduce": read.reduce,
+            "positions": read.positions,
+            "shape": read.shape,
+            "values": numbers(read),
+            **({} if read.indices is None else {"indices": read.indices.tolist()}),
+        }
+        for read in reads.in_order
+    ]
 
 
 def plain_receipt(receipt: Receipt) -> dict[str, Any]:

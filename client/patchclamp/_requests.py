@@ -269,7 +269,7 @@ def _prompt(prompt: Prompt, field: str) -> prompt_pb2.Prompt:
         raise TypeError(f"{field} is text, a list of token ids or a list of chat messages, not {type(prompt).__name__}")
     items: list[Any] = list(prompt)
     if not items:
-        raise invalid_field(field, "an empty list; a run has one token at least")
+        raise invalid_field(field, "an empty list is no prompt: one has a token at least, a list of prompts one prompt")
     if all(isinstance(item, Mapping) for item in items):
         messages = [_chat_message(item, f"{field}[{i}]") for i, item in enumerate(items)]
         return prompt_pb2.Prompt(chat=prompt_pb2.Chat(messages=messages))
@@ -324,10 +324,10 @@ def _named_reads(reads: Reads | None, field: str) -> Iterator[tuple[str, Read]]:
 
 
 def _named_interventions(interventions: Interventions | None, field: str) -> Iterator[tuple[str, Intervention]]:
-    """Each intervention with the name that error messages give it."""
+    """Each intervention with the name that error messages give it: those of a list have their index."""
     items: list[Any] = list(interventions or ()) if isinstance(interventions, Iterable | None) else [interventions]
     for index, item in enumerate(items):
-        name = f"{field}[{index}]" if len(items) > 1 else field
+        name = f"{field}[{index}]" if isinstance(interventions, Iterable) else field
         if not isinstance(item, Intervention):
             raise TypeError(f"{name} is pc.add(..), pc.patch(..) or another intervention, not {item!r}")
         yield name, item

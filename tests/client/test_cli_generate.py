@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
 from client.stand_in import STORY, Failure, StandIn, ends, sample_end, started, story, word
 from patchclamp._cli import main
-from patchclamp.v1 import failure_pb2, hook_point_pb2
+from patchclamp.v1 import failure_pb2, hook_point_pb2, tensor_pb2
 from patchclamp.v1 import generation_pb2 as pb
 
 PROMPT = "Fact: the capital of Texas is"
 TEXT = " capital of Texas is"
+BFLOAT16 = tensor_pb2.DTYPE_BFLOAT16
 EDITS = json.dumps([{"zero": {"target": {"hookPoint": {"site": "SITE_ATTN_OUT", "layer": 1}}}}])
 
 
@@ -117,6 +119,34 @@ def test_json_lines(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None
     assert (first["event"], first["text"], first["index"], first["logprob"]) == ("token", " capital", 0, -0.5)
     assert second["id"] == 6 and second["top"][0]["id"] == 0
     assert end["event"] == "end" and end["samples"][0]["text"] == " capital of"
+
+
+def test_reads(server: StandIn, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "made.npz"
+    arguments = ["generate", PROMPT, "--target", server.target, "--max-new-tokens", "2", "--save", str(file)]
+    two = ["--read", "blocks.0.resid_post", "--read", "blocks.1.resid_post", "--dtype", "bfloat16"]
+    assert main([*arguments, *two]) == 0
+    assert capsys.readouterr().out == " capital of\n"
+    (request,) = server.seen(pb.GenerateRequest)
+    assert [(read.hook_point.layer, read.dtype) for read in request.reads] == [(i, BFLOAT16) for i in (0, 1)]
+    with np.load(file) as saved:
+        assert set(saved) == {"prompt_tokens", "tokens", "logprobs", "blocks.0.resid_post", "blocks.1.resid_post"}
+        assert saved["blocks.1.resid_post"].shape == (9, 4)
+        assert saved["tokens"].tolist() == STORY[:2]
+    assert main([*arguments, "--read", "blocks.0.resid_post", "--samples", "2", "--json"]) == 0
+    (read,) = json.loads(capsys.readouterr().out)["samples"][1]["reads"]
+    assert (read["name"], read["shape"], read["positions"]) == ("blocks.0.resid_post", [9, 4], list(range(9)))
+    with np.load(file) as saved:
+        names = {"tokens", "logprobs", "blocks.0.resid_post"}
+        assert set(saved) == {"prompt_tokens", *(f"sample{i}.{name}" for i in range(2) for name in names)}
+    assert main([*arguments[:-1], str(tmp_path / "no" / "x.npz")]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == " capital of\n" and "cannot write" in shown.err
+    for wrong, words in ((["--read", "embed"], "only with --save or --json"), (["--k", "3"], "--k: only with --read")):
+        with pytest.raises(SystemExit) as left:
+            main(["generate", PROMPT, "--target", server.target, *wrong])
+        assert left.value.code == 2
+        assert words in capsys.readouterr().err
 
 
 def test_usage(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,6 +123,16 @@ def test_prompts_that_are_none(server: StandIn, client: pc.Client, prompt: objec
     assert server.calls == []
 
 
+def test_an_empty_list_is_no_prompt(server: StandIn, client: pc.Client) -> None:
+    words = "an empty list is no prompt: one has a token at least, a list of prompts one prompt$"
+    for verb in (client.run, client.generate, client.tokenize):
+        with pytest.raises(pc.InvalidArgument, match=f"^prompt: {words}"):
+            verb([])
+    with pytest.raises(pc.InvalidArgument, match=rf"^runs\[1\]\.prompt: {words}"):
+        client.run([[1, 2], []])
+    assert server.calls == []
+
+
 def test_run(server: StandIn, client: pc.Client) -> None:
     run = client.run(PROMPT, read="blocks.*.resid_post", logprobs=[9, " Dallas"], loss=True)
     assert run.tokens.strings[-1] == " is"
@@ -270,6 +280,34 @@ def test_tokens_by_text_must_be_one(client: pc.Client, token: str, words: str) -
         client.run(PROMPT, read=["embed", onto])
     with pytest.raises(pc.InvalidArgument, match=rf"^runs\[1\]\.read\.onto: .*{words}"):
         client.run_many([pc.RunSpec(PROMPT), pc.RunSpec(PROMPT, read=onto)])
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (pc.zero("embed", positions=pc.at("Dallas")), r"\.positions: 'Dallas' does not occur"),
+        (pc.add("embed", pc.unembed(" the capital")), r"\.vector: ' the capital' is 2 tokens"),
+        (
+            pc.zero("embed", when=pc.when("embed", pc.unembed(" the capital"), less=0)),
+            r"\.when\.direction: ' the capital' is 2 tokens",
+        ),
+        (pc.knockout(0, 0, [(-1, 1), (-1, pc.at("Dallas"))]), r"\.edges\[1\]: 'Dallas' does not occur"),
+        (pc.patch("embed", 0, source_positions=pc.at("Dallas")), r"\.source_positions: 'Dallas' does not occur"),
+        (pc.patch("embed", 9, source_positions=pc.at("Dallas")), r"\.source: there is no run 9"),
+    ],
+)
+def test_lookups_of_interventions_that_fail_say_which(client: pc.Client, edit: pc.Intervention, words: str) -> None:
+    other = pc.zero("embed")
+    given: list[tuple[pc.Intervention | list[pc.Intervention], str]] = [
+        (edit, "interventions"),
+        ([edit], r"interventions\[0\]"),
+        ([other, other, edit], r"interventions\[2\]"),
+    ]
+    for edits, name in given:
+        with pytest.raises(pc.InvalidArgument, match=f"^{name}{words}"):
+            client.run(PROMPT, interventions=edits)
+        with pytest.raises(pc.InvalidArgument, match=rf"^runs\[1\]\.{name}{words}"):
+            client.run_many([pc.RunSpec(PROMPT), pc.RunSpec(PROMPT, interventions=edits)])
 
 
 def test_half_a_surrogate_pair_names_its_argument(client: pc.Client) -> None:

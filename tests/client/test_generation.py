@@ -161,7 +161,7 @@ def test_one_stop_needs_no_list(server: StandIn, client: pc.Client) -> None:
         ({"top_logprobs": -1}, pc.InvalidArgument, "^top_logprobs"),
         ({"numerics": "exact"}, pc.InvalidArgument, "^numerics"),
         ({"read": "blocks.0.resid_pots"}, pc.InvalidArgument, "^read"),
-        ({"interventions": ["zero"]}, TypeError, "interventions is pc.add"),
+        ({"interventions": ["zero"]}, TypeError, r"interventions\[0\] is pc.add"),
     ],
 )
 def test_arguments_that_are_none(
@@ -272,6 +272,17 @@ def test_patterns_are_as_wide_as_the_longest_sequence() -> None:
         [part("blocks.0.attn.scores", np.ones((2, 1, 1)), (0,)), part("blocks.0.attn.scores", np.ones((2, 1, 2)), (1,))]
     )
     assert scores[1].tolist() == [[1, -np.inf], [1, 1]]
+
+
+@pytest.mark.parametrize(("site", "empty"), [("pattern", 0), ("scores", -np.inf)])
+@pytest.mark.parametrize("reduce", ["last", "mean", "moments"])
+def test_reductions_over_queries_are_as_wide_as_the_longest_sequence(site: str, empty: float, reduce: str) -> None:
+    before = (2, 2) if reduce == "moments" else (2,)
+    widths = (3, 4, 5)
+    read = joined([part(f"blocks.0.attn.{site}", np.ones((*before, width)), (), reduce) for width in widths])
+    assert (read.shape, read.reduce, read.positions) == ((3, *before, 5), reduce, ())
+    for row, width in zip(np.asarray(read), widths, strict=True):
+        assert (row[..., :width] == 1).all() and (row[..., width:] == empty).all()
 
 
 def test_reductions_of_several_forwards() -> None:
@@ -437,6 +448,8 @@ def test_positions_and_tokens_are_looked_up(server: StandIn, client: pc.Client) 
     assert list(found[PROMPT].reads[0].positions.indices.indices) == [1]
     with pytest.raises(pc.InvalidArgument, match=r"^interventions\.positions: 'Paris' does not occur"):
         client.generate(PROMPT, interventions=pc.zero(SITE, positions=pc.at("Paris")))
+    with pytest.raises(pc.InvalidArgument, match=r"^interventions\[0\]\.positions: 'Paris' does not occur"):
+        client.generate(PROMPT, interventions=[pc.zero(SITE, positions=pc.at("Paris"))])
     stream = client.stream(PROMPT, interventions=pc.zero(SITE, positions=pc.at("Paris")))
     with pytest.raises(pc.InvalidArgument, match="does not occur"):
         next(stream)

@@ -11,12 +11,13 @@ from engine.jobs import PATIENCE, Mailbox, job
 from engine.models import hooks_on, resident
 from engine.test_worker import Reports
 from families import family_named
+from patchclamp_server.engine import editing
 from patchclamp_server.engine.exchange import Exchange
 from patchclamp_server.engine.loading import Resident
 from patchclamp_server.engine.messages import LogitsSpec, ReadSpec, RunOutput, RunSpec
 from patchclamp_server.engine.scheduler import BatchLimits
 from patchclamp_server.engine.worker import Worker
-from patchclamp_server.errors import FailedPrecondition
+from patchclamp_server.errors import FailedPrecondition, TooLarge
 from patchclamp_server.hookpoints import HookPoint, Site
 from patchclamp_server.interventions.ops import (
     Ablate,
@@ -229,3 +230,12 @@ def test_a_run_that_an_edit_makes_overflow_fails_alone(worker: Worker) -> None:
     # What it read is for the caller to look at, when no logits are asked for.
     reads = RunSpec(PROMPT, (ReadSpec(Site.RESID_POST, (1,)),), interventions=(zeroed,))
     assert outputs(worker, reads)[0].reads[0].values.isnan().any()
+
+
+def test_edits_that_would_fill_the_tables_are_refused_alone(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(editing, "_MOST_GATES", 9)
+    mailbox = submit(worker, run(PROMPT, add(0, 1.0), add(1, 1.0)), run(OTHER, add(0, 1.0)))
+    assert mailbox.finished.keys() == {1}
+    error = mailbox.failed[0].error
+    assert isinstance(error, TooLarge)
+    assert error.metadata == {"limit": "9", "demand": "10"}

@@ -11,10 +11,11 @@ from patchclamp.v1 import generation_pb2, read_pb2, tensor_pb2
 from patchclamp_server.adapters.tokenizer import Tokenizer
 from patchclamp_server.config import ServerConfig
 from patchclamp_server.engine.messages import Finish, Loaded, StopRules
-from patchclamp_server.errors import Error, InvalidArgument, NotServed, TooLarge
+from patchclamp_server.errors import Error, FailedPrecondition, InvalidArgument, NotServed, TooLarge
 from patchclamp_server.interventions.ops import Replace
 from patchclamp_server.positions import Positions, Range, Span
 from patchclamp_server.service.generation import BACKLOG, ParsedGeneration, parse_generate_request
+from patchclamp_server.service.tensors import INLINE_BYTES
 from service.build import between, edit, generation, ids, indices, project, read, span, target, unembed, vector
 from service.stub import DIMS, EDITABLE, make_tokenizer
 
@@ -119,18 +120,19 @@ INVALID: dict[str, tuple[dict[str, Any], str, str]] = {
     "patch from a run": (
         {"interventions": [edit(patch=AT | {"source_run": 0})]},
         "interventions[0].patch.source_run",
-        "no other runs",
+        "no other run to take values from, give them as a tensor instead",
     ),
     "resample": (
         {"interventions": [edit(resample=AT | {"source_runs": [1]})]},
         "interventions[0].resample.source_runs",
-        "no other runs",
+        "no other run to draw values from",
     ),
     "freeze": (
-        {"interventions": [edit(freeze={"source_run": 1, "norms": True})]},
+        {"interventions": [edit(freeze={"source_run": 0, "norms": True})]},
         "interventions[0].freeze.source_run",
-        "no other runs",
+        "no other run to hold these parts to",
     ),
+    "patch from nowhere": ({"interventions": [edit(patch=AT)]}, "interventions[0].patch", "needed: set tensor"),
     "patch with too few": (
         {"interventions": [edit(patch=AT | {"tensor": TENSOR})]},
         "interventions[0].patch.tensor.shape",
@@ -149,6 +151,15 @@ def test_an_invalid_field_is_named_with_what_would_be_valid(case: str) -> None:
     found = refused(generation(**fields))
     assert list(found) == [field]
     assert text in found[field]
+
+
+def test_only_a_patch_may_bring_a_tensor_instead_of_another_run() -> None:
+    edits = [edit(resample=AT | {"source_runs": [1]}), edit(freeze={"norms": True})]
+    texts = refused(generation(interventions=edits)).values()
+    assert len(texts) == 2 and not any("tensor" in text for text in texts)
+    large = tensor_pb2.Tensor(dtype="DTYPE_FLOAT32", shape=(2, 16), inline=bytes(INLINE_BYTES + 1))
+    (text,) = refused(generation(interventions=[edit(patch=AT | {"tensor": large})])).values()
+    assert "at most" in text and "run" not in text
 
 
 def test_all_violations_are_named_not_the_first() -> None:
@@ -195,6 +206,22 @@ def test_positions_reach_beyond_the_prompt() -> None:
     expected = [Positions(Span.GENERATED), Positions((-5, 9)), Positions(Range(4, 10)), Positions(Span.ALL, (9,))]
     assert [edit.positions for edit in spec.interventions] == expected
     assert [read.positions for read in spec.reads] == [Positions((7,)), Positions(Range(3, None))]
+
+
+@pytest.mark.parametrize("positions", [span("GENERATED"), between(PROMPT)])
+def test_one_token_leaves_nothing_generated_to_edit(positions: Any) -> None:
+    given = [add(), add(positions=positions)]
+    with pytest.raises(FailedPrecondition, match=r"interventions\[1\].*max_new_tokens=1 leaves no") as caught:
+        parsed(generation(1, interventions=given))
+    assert (caught.value.reason, caught.value.metadata) == ("INTERVENTION_NEVER_FIRED", {"intervention": "1"})
+    assert parsed(generation(2, interventions=given)).spec.interventions
+    given[1].allow_never_fired = True
+    assert parsed(generation(1, interventions=given)).spec.interventions
+
+
+def test_an_edit_empty_by_its_own_terms_is_left_to_the_engine() -> None:
+    given = [add(positions=positions) for positions in (span("LAST", exclude=(-1,)), between(5, 5))]
+    assert len(parsed(generation(1, interventions=given)).spec.interventions) == 2
 
 
 def test_rows_that_a_request_brings_along_may_go_to_generated_positions() -> None:

@@ -316,6 +316,7 @@ async def test_an_edit_that_never_fires_fails_the_call_unless_it_may(caller: Cal
     assert failure.code == grpc.StatusCode.FAILED_PRECONDITION
     assert failure.info.reason == "INTERVENTION_NEVER_FIRED"
     assert "interventions[1]" in failure.message
+    assert "max_new_tokens=1" in failure.message
     allowed = await stream(caller, 1, interventions=[add(1.0, positions=nothing, allow_never_fired=True)])
     assert allowed.only.end is not None
     assert allowed.only.end.receipts[0].rows_selected == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from patchclamp.v1 import hook_point_pb2, logits_pb2, model_pb2, numerics_pb2, p
 from patchclamp_server.engine.messages import Event, Job, RunFailed, RunFinished, RunOutput, RunSpec
 from patchclamp_server.errors import FailedPrecondition
 from patchclamp_server.interventions.receipts import Receipt
+from patchclamp_server.service.capabilities import capabilities
 from patchclamp_server.service.tensors import INLINE_BYTES, Outlet, chunks, memory
 from service.build import edit, ids, indices, read, run, span, target, text
 from service.calls import Caller
 from service.conftest import Connect
-from service.stub import DIMS, StubWorker, make_tokenizer, ramp
+from service.stub import DIMS, FACTS, StubWorker, make_tokenizer, ramp
 
 DTYPES = {
     tensor_pb2.DTYPE_FLOAT32: torch.float32,
@@ -249,6 +251,7 @@ async def test_describe_tells_sizes_sites_limits_and_capabilities(connect: Conne
         "runs",
         "reads",
         "generation",
+        "generation.batched",
         "numerics.default",
         "numerics.solo",
         "interventions",
@@ -260,6 +263,16 @@ async def test_describe_tells_sizes_sites_limits_and_capabilities(connect: Conne
         capability.name for capability in unavailable
     }
     assert all(capability.reason for capability in unavailable)
+
+
+def test_describe_says_why_generations_share_no_cache() -> None:
+    facts = replace(FACTS, no_slots_reason="its attention is its own")
+    told = {one.name: one for one in capabilities(facts)}
+    assert len(told) == len(capabilities(facts)) == len(capabilities(FACTS))
+    assert told["generation"].available and not told["generation.batched"].available
+    assert told["generation.batched"].reason == "generations of this model run one by one: its attention is its own"
+    (batched,) = (one for one in capabilities(FACTS) if one.name == "generation.batched")
+    assert (batched.available, batched.reason) == (True, "")
 
 
 async def test_tokenize_gives_tokens_as_a_run_would(caller: Caller) -> None:

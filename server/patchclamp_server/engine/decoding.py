@@ -10,6 +10,7 @@ sample fails alone.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from patchclamp_server.interventions.plan import Plan
 from patchclamp_server.interventions.receipts import Receipt
 
 _LOGITS = HookPoint(Site.LOGITS)
-_ADMITTED_AT_ONCE = 4
+_ADMISSION_SECONDS = 0.05
 _LARGEST_SHARE = 0.75
 
 
@@ -162,10 +163,11 @@ class Decoder:
     def _admit(self) -> list[Outcome]:
         """Takes in samples that wait, of the owner with the fewest residents first; those that cannot be are told.
 
-        Few at a time where they have edits: laying these into the tables takes a while.
+        Not for long, while others wait for tokens: laying many edits into the tables takes its time.
         """
         failed: list[Outcome] = []
-        for _ in range(_ADMITTED_AT_ONCE):
+        began = time.monotonic()
+        while time.monotonic() - began < _ADMISSION_SECONDS:
             owner = self._next_owner()
             if owner is None or not self._fits(self._waiting[owner][0]):
                 break

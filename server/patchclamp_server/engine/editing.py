@@ -5,8 +5,20 @@ from __future__ import annotations
 import torch
 
 from patchclamp_server.engine.runner import Edit
+from patchclamp_server.errors import TooLarge
 from patchclamp_server.hookpoints import HookPoint
+from patchclamp_server.interventions.compiling import RowPlan
 from patchclamp_server.interventions.plan import Plan
+
+# Entries of the tables of gates that one run may ask for: a byte each, in every row of the tables.
+_MOST_GATES = 4 << 20
+
+
+def check_size(edits: RowPlan) -> None:
+    """Raises TooLarge for a run whose edits would fill the tables."""
+    gates = sum(map(len, edits.parts.values())) * edits.edits.max_length
+    if gates > _MOST_GATES:
+        raise TooLarge("edits of one run, counted at every hook point and position", limit=_MOST_GATES, demand=gates)
 
 
 class Editing:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from patchclamp_server.engine.editing import Editing
+from patchclamp_server.engine.editing import Editing, check_size
 from patchclamp_server.engine.exchange import Exchange
 from patchclamp_server.engine.faults import NotFinite
 from patchclamp_server.engine.messages import LogitsOutput, LogitsSpec, RunOutput, RunSpec
@@ -84,6 +84,7 @@ def prepare(runner: Runner, run: RunSpec, exchange: Exchange | None = None, inde
     sites = runner.adapter.site_info
     named = RowEdits(run.interventions, prompt_length=length, max_length=length)
     edits = compile_row(resolved(named, sites, _unembed_row(runner), exchange.take), sites)
+    check_size(edits)
     for intervention in edits.never_fired:
         raise FailedPrecondition(
             f"interventions[{intervention}] selects no row of this run of {length} tokens",

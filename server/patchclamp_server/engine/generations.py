@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from patchclamp_server.adapters.tokenizer import Tokenizer
 from patchclamp_server.engine.continuation import Continuation
 from patchclamp_server.engine.decoding import Chosen, Decoder, Failed, Outcome
+from patchclamp_server.engine.editing import check_size
 from patchclamp_server.engine.faults import as_error, make_room, raise_if_fatal
 from patchclamp_server.engine.messages import (
     GenerationEvent,
@@ -120,6 +121,7 @@ class Generations:
             raise FailedPrecondition(f"a generation has no other runs to take values from: {run}")
 
         edits = compile_row(resolved(row, adapter.site_info, lambda token: weight[token], from_run), adapter.site_info)  # type: ignore[index, arg-type]
+        check_size(edits)
         for intervention in edits.never_fired:
             raise FailedPrecondition(
                 f"interventions[{intervention}] selects no row of a prompt of {length} tokens and what follows it",

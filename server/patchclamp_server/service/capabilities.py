@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from patchclamp.v1 import intervention_pb2, model_pb2, vector_pb2
+from patchclamp_server.adapters.facts import ModelFacts
 
 _NOT_YET = "not served by this version"
 _UNSERVED_EDITS = ("interventions.feature", "interventions.patch.handle")
@@ -44,9 +45,12 @@ _UNSERVED = (
 )
 
 
-def capabilities() -> list[model_pb2.Capability]:
-    """Every arm and option, by the name that the error of an unserved one carries."""
+def capabilities(facts: ModelFacts) -> list[model_pb2.Capability]:
+    """Every arm and option, by the name that the error of an unserved one carries, and what the model allows."""
+    alone = facts.no_slots_reason
+    reason = alone and f"generations of this model run one by one: {alone}"
     return [
         *(model_pb2.Capability(name=name, available=True) for name in _SERVED),
+        model_pb2.Capability(name="generation.batched", available=not alone, reason=reason),
         *(model_pb2.Capability(name=name, available=False, reason=_NOT_YET) for name in _UNSERVED),
     ]

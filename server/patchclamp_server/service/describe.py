@@ -22,7 +22,7 @@ def describe(loaded: Loaded, config: ServerConfig) -> model_pb2.DescribeResponse
         sites=map(_site, facts.sites),
         absent_sites=map(_absent, facts.absent),
         limits=_limits(config),
-        capabilities=capabilities(),
+        capabilities=capabilities(facts),
         server_version=__version__,
     )
 

@@ -3,14 +3,16 @@ wrong."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from patchclamp.v1 import generation_pb2
 from patchclamp_server.adapters.tokenizer import Tokens
 from patchclamp_server.config import ServerConfig
 from patchclamp_server.engine.messages import GenerationSpec, Loaded, ReadSpec, StopRules
-from patchclamp_server.errors import TooLarge
+from patchclamp_server.errors import FailedPrecondition, TooLarge
 from patchclamp_server.interventions.expansion import expanded, hook_points
+from patchclamp_server.interventions.ops import Intervention
 from patchclamp_server.service.interventions import InterventionParser
 from patchclamp_server.service.parse import (
     ATTENTION,
@@ -76,6 +78,8 @@ def parse_generate_request(
     resumed = parse_resume(request, prompt, stop, len(rules), loaded, found)
     found.raise_any()
     assert tokens is not None and extent is not None
+    if not extent.generated:
+        _refuse_edits_of_nothing(edits, extent.prompt)
     numbers = tuple(number for number, one in enumerate(resumed) if one.finish is None)
     spec = GenerationSpec(
         tokens.ids,
@@ -101,6 +105,18 @@ def _cap_counts(request: generation_pb2.GenerateRequest, config: ServerConfig) -
 def _extent(tokens: Tokens, stop: StopRules, found: Violations) -> Extent | None:
     """Where positions may lie: no forward sees the last token. None while it is not known how many there are."""
     return None if found.names("stop.max_new_tokens") else Extent(len(tokens.ids), stop.max_new_tokens - 1)
+
+
+def _refuse_edits_of_nothing(edits: Sequence[Intervention], prompt: int) -> None:
+    """Raises FailedPrecondition for an edit that would select a row if a second token were generated."""
+    for index, edit in enumerate(edits):
+        if not edit.allow_never_fired and not edit.positions.resolve(prompt) and edit.positions.resolve(prompt, 1):
+            text = "max_new_tokens=1 leaves no generated token for a forward to see"
+            raise FailedPrecondition(
+                f"interventions[{index}] selects no row: {text}",
+                reason="INTERVENTION_NEVER_FIRED",
+                metadata={"intervention": str(index)},
+            )
 
 
 @dataclass(frozen=True)

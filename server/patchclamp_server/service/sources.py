@@ -34,7 +34,11 @@ _HELD = {
     "norms": Freeze(FromRun(0), norms=True),
     "mlps": Freeze(FromRun(0), mlps=True),
 }
-_ALONE = "a generation has no other runs to take values from: patch with a tensor instead"
+_ALONE = {
+    "patch": "a generation is one run: there is no other run to take values from, give them as a tensor instead",
+    "resample": "a generation is one run: there is no other run to draw values from",
+    "freeze": "a generation is one run: there is no other run to hold these parts to",
+}
 
 
 class SourceParser:
@@ -59,7 +63,7 @@ class SourceParser:
         """Rows of another run or of a tensor; None when invalid."""
         match wire.WhichOneof("source"):
             case None:
-                self._found.add(path, "a source is needed: set source_run or tensor")
+                self._found.add(path, f"a source is needed: set {'' if self._alone else 'source_run or '}tensor")
                 return None
             case "handle":
                 raise NotServed("interventions.patch.handle")
@@ -71,12 +75,13 @@ class SourceParser:
     def _from_run(
         self, wire: intervention_pb2.PatchEdit, path: str, run: int, aim: Aim, selected: Selected
     ) -> Replace | None:
-        if not self._known(wire.source_run, f"{path}.source_run", run):
+        where = f"{path}.source_run"
+        if self._refused_alone("patch", where) or not self._known(wire.source_run, where, run):
             return None
         source = FromRun(wire.source_run)
         length = self._lengths[source.run]
         if aim.info is not None and _over_keys(aim.info):
-            self._as_long(source, f"{path}.source_run", run)
+            self._as_long(source, where, run)
         if not wire.HasField("source_positions"):
             self._reaches(source, f"{path}.source_positions", selected)
             return Replace(aim.target, source)
@@ -127,8 +132,8 @@ class SourceParser:
 
     def _brought(self, wire: tensor_pb2.Tensor, path: str, shape_fault: str) -> torch.Tensor | None:
         if len(wire.inline) > INLINE_BYTES:
-            text = f"at most {INLINE_BYTES} bytes, there are {len(wire.inline)}: patch from another run instead"
-            self._found.add(f"{path}.inline", text)
+            instead = "" if self._alone else ": patch from another run instead"
+            self._found.add(f"{path}.inline", f"at most {INLINE_BYTES} bytes, there are {len(wire.inline)}{instead}")
             return None
         tensor = parse_inline(wire, path, shape_fault, self._found)
         if tensor is None:
@@ -145,8 +150,7 @@ class SourceParser:
         """The rows of the run that is drawn. Every run that might be has to fit: a request that is valid with one seed
         is so with any."""
         path = f"{path}.source_runs"
-        if self._alone:
-            self._found.add(path, _ALONE)
+        if self._refused_alone("resample", path):
             return None
         if not wire.source_runs:
             self._found.add(path, "at least one run to draw from is needed")
@@ -169,17 +173,22 @@ class SourceParser:
         for part, alone in _HELD.items():
             if getattr(wire, part) and not any(hook_points(op) for op in expanded(alone, sites)):
                 self._found.add(f"{path}.{part}", "this model lets no such site be written; Describe says why")
-        if not self._known(wire.source_run, f"{path}.source_run", run):
+        where = f"{path}.source_run"
+        if self._refused_alone("freeze", where) or not self._known(wire.source_run, where, run):
             return None
         source = FromRun(wire.source_run)
-        self._as_long(source, f"{path}.source_run", run)
+        self._as_long(source, where, run)
         return Freeze(source, wire.attention, wire.norms, wire.mlps)
+
+    def _refused_alone(self, arm: str, path: str) -> bool:
+        """Whether there are no other runs to take from, which is noted."""
+        if self._alone:
+            self._found.add(path, _ALONE[arm])
+        return self._alone
 
     def _known(self, source: int, path: str, run: int) -> bool:
         """Whether an index names another run."""
-        if self._alone:
-            self._found.add(path, _ALONE)
-        elif source >= len(self._lengths):
+        if source >= len(self._lengths):
             self._found.add(path, f"{source} is not a run of this request: 0 .. {len(self._lengths) - 1}")
         elif source == run:
             self._found.add(path, f"{source} is this run itself, and a run cannot take from itself: name another")
