@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.measure import Row, interleaved
 from patchclamp_server.adapters.load import Checkpoint
 from patchclamp_server.engine.continuation import Continuation
-from patchclamp_server.engine.decoding import Decoder, DecodingLimits
+from patchclamp_server.engine.decoding import Chosen, Decoder, DecodingLimits
 from patchclamp_server.engine.loading import Resident, make_resident
 from patchclamp_server.engine.messages import (
     GenerationEvent,
@@ -135,7 +135,8 @@ def _stepping(
 
     def step() -> None:
         for outcome in decoder.advance(lambda: None):
-            outcome.sample.continuation.append(outcome.token_id)  # type: ignore[union-attr]
+            assert isinstance(outcome, Chosen)
+            outcome.sample.continuation.append(outcome.token_id)
 
     while not all(sample.decoding for sample in samples):
         step()

@@ -45,6 +45,12 @@ class Unembed:
         logits: torch.Tensor = self.head.forward(rows) * self.factor
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
+    def row(self, token_id: int) -> torch.Tensor:
+        """The unembedding row of a token, [d_model]: the direction that raises its logit."""
+        weight = self.head.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight[token_id]
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:

@@ -131,9 +131,8 @@ class Decoder:
 
     def captures(self) -> Captures:
         """What reduces the reads of one token."""
-        weight = self._runner.adapter.unembed.head.weight
-        assert isinstance(weight, torch.Tensor)
-        return Captures(ReadPlan({}), self._runner.adapter.unembed.logits, lambda token: weight[token])
+        unembed = self._runner.adapter.unembed
+        return Captures(ReadPlan({}), unembed.logits, unembed.row)
 
     def advance(self, check: Callable[[], None]) -> list[Outcome]:
         """One forward. `check` is called before every block and may raise to abort it."""

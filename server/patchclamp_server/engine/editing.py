@@ -1,24 +1,39 @@
-"""Editing: a plan's edits and conditions, as a forward takes them."""
+"""Editing: the edits of one run compiled, and a plan's edits and conditions as a forward takes them."""
 
 from __future__ import annotations
 
 import torch
 
+from patchclamp_server.adapters.adapter import Adapter
 from patchclamp_server.engine.runner import Edit
-from patchclamp_server.errors import TooLarge
+from patchclamp_server.errors import FailedPrecondition, TooLarge
 from patchclamp_server.hookpoints import HookPoint
-from patchclamp_server.interventions.compiling import RowPlan
+from patchclamp_server.interventions.compiling import RowPlan, compile_row
+from patchclamp_server.interventions.ops import RowEdits
 from patchclamp_server.interventions.plan import Plan
+from patchclamp_server.interventions.sources import Captures, resolved
 
 # Entries of the tables of gates that one run may ask for: a byte each, in every row of the tables.
 _MOST_GATES = 4 << 20
 
 
-def check_size(edits: RowPlan) -> None:
-    """Raises TooLarge for a run whose edits would fill the tables."""
-    gates = sum(map(len, edits.parts.values())) * edits.edits.max_length
+def compile_edits(adapter: Adapter, row: RowEdits, captures: Captures) -> RowPlan:
+    """Compiles the edits of one run; `captures` gives what they take from others.
+
+    Raises FailedPrecondition for one that selects no row, and TooLarge where they would fill the tables.
+    """
+    edits = compile_row(resolved(row, adapter.site_info, adapter.unembed.row, captures), adapter.site_info)
+    gates = sum(map(len, edits.parts.values())) * row.max_length
     if gates > _MOST_GATES:
         raise TooLarge("edits of one run, counted at every hook point and position", limit=_MOST_GATES, demand=gates)
+    for intervention in edits.never_fired:
+        what_follows = " and what follows it" if row.max_length > row.prompt_length else ""
+        raise FailedPrecondition(
+            f"interventions[{intervention}] selects no row of a prompt of {row.prompt_length} tokens{what_follows}",
+            reason="INTERVENTION_NEVER_FIRED",
+            metadata={"intervention": str(intervention)},
+        )
+    return edits
 
 
 class Editing:

@@ -14,18 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from patchclamp_server.engine.editing import Editing, check_size
+from patchclamp_server.engine.editing import Editing, compile_edits
 from patchclamp_server.engine.exchange import Exchange
 from patchclamp_server.engine.faults import NotFinite
 from patchclamp_server.engine.messages import LogitsOutput, LogitsSpec, RunOutput, RunSpec
 from patchclamp_server.engine.reading import Captures, ReadPlan, plan_reads
 from patchclamp_server.engine.runner import Batch, Forward, Runner
-from patchclamp_server.errors import Error, FailedPrecondition
+from patchclamp_server.errors import Error
 from patchclamp_server.hookpoints import HookPoint, Site
-from patchclamp_server.interventions.compiling import RowPlan, compile_row
+from patchclamp_server.interventions.compiling import RowPlan
 from patchclamp_server.interventions.ops import RowEdits
 from patchclamp_server.interventions.plan import Plan
-from patchclamp_server.interventions.sources import resolved
 
 _LOGITS = HookPoint(Site.LOGITS)
 _ROWS_AT_ONCE = 256
@@ -81,16 +80,8 @@ def prepare(runner: Runner, run: RunSpec, exchange: Exchange | None = None, inde
     """Compiles the edits of run `index` of a job. Raises FailedPrecondition for one that selects no row."""
     exchange = exchange or Exchange()
     length = len(run.token_ids)
-    sites = runner.adapter.site_info
     named = RowEdits(run.interventions, prompt_length=length, max_length=length)
-    edits = compile_row(resolved(named, sites, _unembed_row(runner), exchange.take), sites)
-    check_size(edits)
-    for intervention in edits.never_fired:
-        raise FailedPrecondition(
-            f"interventions[{intervention}] selects no row of this run of {length} tokens",
-            reason="INTERVENTION_NEVER_FIRED",
-            metadata={"intervention": str(intervention)},
-        )
+    edits = compile_edits(runner.adapter, named, exchange.take)
     return PreparedRun(run, edits, exchange.wanted(index), lambda point, value: exchange.put(index, point, value))
 
 
@@ -112,7 +103,7 @@ def execute_prepared(
     batch = Batch.of([run.token_ids for run in runs], runner.input_device)
     reads = plan_reads(runs)
     rows = LogitRows.of(runs, reads)
-    captures = Captures(reads, runner.adapter.unembed.logits, _unembed_row(runner))
+    captures = Captures(reads, runner.adapter.unembed.logits, runner.adapter.unembed.row)
     plan = _plan(runner, prepared, batch)
     editing = Editing(plan)
     watch = _Watch(captures, prepared, editing)
@@ -237,9 +228,3 @@ def _loss(row: int, run: RunSpec, rows: LogitRows, logits: torch.Tensor) -> torc
 def _slices(positions: Sequence[int]) -> Iterator[Sequence[int]]:
     """Positions, some at a time: copies of their logits are as wide as the vocabulary."""
     return (positions[start : start + _ROWS_AT_ONCE] for start in range(0, len(positions), _ROWS_AT_ONCE))
-
-
-def _unembed_row(runner: Runner) -> Callable[[int], torch.Tensor]:
-    weight = runner.adapter.unembed.head.weight
-    assert isinstance(weight, torch.Tensor)
-    return lambda token_id: weight[token_id]

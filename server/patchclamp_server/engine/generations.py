@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from patchclamp_server.adapters.tokenizer import Tokenizer
 from patchclamp_server.engine.continuation import Continuation
 from patchclamp_server.engine.decoding import Chosen, Decoder, Failed, Outcome
-from patchclamp_server.engine.editing import check_size
+from patchclamp_server.engine.editing import compile_edits
 from patchclamp_server.engine.faults import as_error, make_room, raise_if_fatal
 from patchclamp_server.engine.messages import (
     GenerationEvent,
@@ -24,9 +26,9 @@ from patchclamp_server.engine.messages import (
 from patchclamp_server.engine.runner import Runner
 from patchclamp_server.engine.sample import Sample
 from patchclamp_server.errors import Error, FailedPrecondition
-from patchclamp_server.interventions.compiling import RowPlan, compile_row
+from patchclamp_server.hookpoints import HookPoint
+from patchclamp_server.interventions.compiling import RowPlan
 from patchclamp_server.interventions.ops import RowEdits
-from patchclamp_server.interventions.sources import resolved
 
 
 @dataclass(eq=False)
@@ -110,25 +112,12 @@ class Generations:
             generation.emit(JobFailed(job_id, error))
 
     def _compiled(self, job: GenerationJob) -> RowPlan:
-        spec, adapter = job.spec, self._runner.adapter
+        spec = job.spec
         length = len(spec.prompt)
         # The last token is never seen by a forward.
         most = length + min(spec.stop.max_new_tokens, self._room(length)) - 1
         row = RowEdits(spec.interventions, prompt_length=length, max_length=most)
-        weight = adapter.unembed.head.weight
-
-        def from_run(run: int, _: object) -> None:
-            raise FailedPrecondition(f"a generation has no other runs to take values from: {run}")
-
-        edits = compile_row(resolved(row, adapter.site_info, lambda token: weight[token], from_run), adapter.site_info)  # type: ignore[index, arg-type]
-        check_size(edits)
-        for intervention in edits.never_fired:
-            raise FailedPrecondition(
-                f"interventions[{intervention}] selects no row of a prompt of {length} tokens and what follows it",
-                reason="INTERVENTION_NEVER_FIRED",
-                metadata={"intervention": str(intervention)},
-            )
-        return edits
+        return compile_edits(self._runner.adapter, row, _no_other_run)
 
     def _sample(self, generation: Generation, number: int, edits: RowPlan) -> Sample:
         spec = generation.job.spec
@@ -144,8 +133,8 @@ class Generations:
         n_ctx = self._runner.adapter.dims.n_ctx
         return n_ctx - prompt if n_ctx else sys.maxsize
 
-    def _decode(self, ids: object) -> str:
-        return "" if self._tokenizer is None else self._tokenizer.decode(ids)  # type: ignore[arg-type]
+    def _decode(self, ids: Sequence[int]) -> str:
+        return "" if self._tokenizer is None else self._tokenizer.decode(ids)
 
     def _conclude(self, outcome: Outcome) -> None:
         """Tells the news of one sample. What goes wrong with it concerns no other."""
@@ -191,3 +180,7 @@ class Generations:
         self.open.pop(job_id, None)
         queued = (generation.started or generation.submitted) - generation.submitted
         generation.emit(JobDone(job_id, queued, generation.engine_seconds, self._fingerprint))
+
+
+def _no_other_run(run: int, point: HookPoint) -> torch.Tensor:
+    raise FailedPrecondition(f"a generation has no other run to take {point} from")
